@@ -1,0 +1,80 @@
+"""fi_backend: a serving-side attention backend with FlashInfer's calls.
+
+Public names are resolved on first use, so that importing the package loads no compiler machinery,
+touches no GPU and makes no directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    # The engine-facing core.
+    "AttentionSpec": "spec",
+    "PagedAttention": "attention",
+    "PagedBatch": "batch",
+    "Plan": "planning",
+    "Workspace": "workspace",
+    "append_to_cache": "page",
+    "plan": "planning",
+    "runtime_counters": "attention",
+    "supports": "spec",
+    "workspace_bytes": "planning",
+    # FlashInfer's calls.
+    "BatchAttention": "batch_attention",
+    "BatchAttentionWithAttentionSinkWrapper": "batch_attention",
+    "BatchDecodeWithPagedKVCacheWrapper": "decode",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "cascade",
+    "BatchPrefillWithPagedKVCacheWrapper": "prefill",
+    "BatchPrefillWithRaggedKVCacheWrapper": "prefill",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "cascade",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "decode",
+    "MultiLevelCascadeAttentionWrapper": "cascade",
+    "append_paged_kv_cache": "page",
+    "append_paged_mla_kv_cache": "page",
+    "apply_llama31_rope": "rope",
+    "apply_llama31_rope_inplace": "rope",
+    "apply_llama31_rope_pos_ids": "rope",
+    "apply_llama31_rope_pos_ids_inplace": "rope",
+    "apply_rope": "rope",
+    "apply_rope_inplace": "rope",
+    "apply_rope_pos_ids": "rope",
+    "apply_rope_pos_ids_inplace": "rope",
+    "apply_rope_with_cos_sin_cache": "rope",
+    "apply_rope_with_cos_sin_cache_inplace": "rope",
+    "fast_decode_plan": "decode",
+    "fused_add_rmsnorm": "norm",
+    "gelu_and_mul": "activation",
+    "gelu_tanh_and_mul": "activation",
+    "gemma_fused_add_rmsnorm": "norm",
+    "gemma_rmsnorm": "norm",
+    "get_batch_indices_positions": "page",
+    "get_seq_lens": "page",
+    "layernorm": "norm",
+    "merge_state": "cascade",
+    "merge_state_in_place": "cascade",
+    "merge_states": "cascade",
+    "packbits": "quantization",
+    "rmsnorm": "norm",
+    "segment_packbits": "quantization",
+    "silu_and_mul": "activation",
+    "single_decode_with_kv_cache": "decode",
+    "single_prefill_with_kv_cache": "prefill",
+    "single_prefill_with_kv_cache_return_lse": "prefill",
+}
+
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"fi_backend.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    raise AttributeError(f"module 'fi_backend' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

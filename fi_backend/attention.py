@@ -1,0 +1,243 @@
+"""PagedAttention: run one attention layer over a plan."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend import env
+from fi_backend.checks import check_page_ids, check_tensor
+from fi_backend.errors import UnsupportedError
+from fi_backend.kernels import attention as attention_kernels
+from fi_backend.planning import Plan
+from fi_backend.spec import AttentionSpec, supports
+
+__all__ = ["PagedAttention", "runtime_counters"]
+
+
+def runtime_counters() -> dict[str, int]:
+    """Count what native code has run in this process: {"attention_runs": n}."""
+    return {"attention_runs": attention_kernels.call_count()}
+
+
+def _check_used_pages(plan: Plan, num_pages: int) -> None:
+    """Check every page id that the batch's lengths make the kernels read."""
+    batch = plan.batch
+    page_size = plan.geometry.page_size
+    used = (batch.kv_lens.to(torch.int64) + page_size - 1) // page_size
+    for request in range(batch.num_requests):
+        count = int(used[request])
+        if batch.block_table is not None:
+            row = request if batch.request_rows is None else int(batch.request_rows[request])
+            check_page_ids(
+                f"block_table[{row}]", batch.block_table[row, :count], num_pages=num_pages
+            )
+        elif batch.page_indices is not None:
+            assert batch.page_indptr is not None
+            first = int(batch.page_indptr[request])
+            ids = batch.page_indices[first : first + count]
+            check_page_ids(f"page_indices of request {request}", ids, num_pages=num_pages)
+
+
+class PagedAttention:
+    """Attention of one layer over a paged cache (or ragged keys and values).
+
+    The constructor compiles or loads the kernels, so that run() only launches them.
+
+    Raises:
+        UnsupportedError: `spec` is not supported; the message says what is.
+    """
+
+    def __init__(self, spec: AttentionSpec, device: torch.device | str = "cpu") -> None:
+        reason = supports(spec, torch.device(device).type)
+        if reason is not None:
+            raise UnsupportedError(f"PagedAttention: {reason}")
+        self.spec = spec
+        self._geometry = spec.geometry
+        self._kernels = attention_kernels.load(
+            q_dtype=spec.q_dtype,
+            kv_dtype=spec.kv_dtype,
+            o_dtype=spec.o_dtype,
+            head_dim_qk=spec.head_dim_qk,
+            head_dim_vo=spec.head_dim_vo,
+        )
+        self._checked = env.CHECKED.get()
+
+    def run(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        custom_mask: torch.Tensor | None = None,
+        mask_indptr: torch.Tensor | None = None,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Compute attention for every query row of the plan's batch.
+
+        Args:
+            plan: made for this spec's geometry.
+            q: [num_rows, num_qo_heads, head_dim_qk], spec.q_dtype; rows from plan.num_tokens on
+                are padding.
+            kv_cache: (k, v), each [num_pages, page_size, num_kv_heads, head_dim], any strides but
+                the last; for a ragged batch [num_tokens, 1, num_kv_heads, head_dim].
+            out: [num_rows, num_qo_heads, head_dim_vo], spec.o_dtype; padding rows are left alone.
+                Allocated, with padding rows 0, if None.
+            lse: float32 [num_rows, num_qo_heads], log base 2 of the softmax denominator (sinks
+                included), -inf for a row that sees no key. Allocated if None and return_lse.
+            return_lse: return (out, lse).
+            alibi_slopes: float32 [num_qo_heads], if spec.alibi.
+            sinks: float32 [num_qo_heads], logits (natural units), if spec.sinks.
+            custom_mask: uint8, bits packed little endian, qo_len x kv_len per request, each
+                request at its own byte, if spec.custom_mask.
+            mask_indptr: int32 [num_reqs + 1], first byte of each request in custom_mask.
+            k_scale: factor on keys: a float, or float32 [num_kv_heads].
+            v_scale: factor on values: a float, or float32 [num_kv_heads].
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the spec or the plan.
+        """
+        k, v = kv_cache
+        self._check_inputs(plan, q, k, v)
+        self._check_extras(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
+        out, lse = self._check_outputs(plan, q, out, lse, return_lse)
+        batch = plan.batch
+        self._kernels.run(
+            plan_buffer=plan.buffer,
+            partials=plan.partials,
+            q=q,
+            k_cache=k,
+            v_cache=v,
+            out=out,
+            lse=lse,
+            qo_indptr=batch.qo_indptr,
+            kv_lens=batch.kv_lens,
+            page_indptr=batch.page_indptr,
+            page_indices=batch.page_indices,
+            block_table=batch.block_table,
+            request_rows=batch.request_rows,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            custom_mask=custom_mask,
+            mask_indptr=mask_indptr,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            sm_scale=self.spec.sm_scale,
+            logits_soft_cap=self.spec.logits_soft_cap,
+            window_left=self._geometry.window_left,
+            causal=self._geometry.causal,
+            rope_scale=self.spec.rope_scale,
+            rope_theta=self.spec.rope_theta,
+            num_workers=plan.num_workers,
+        )
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _check_inputs(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        spec = self.spec
+        if plan.geometry is not self._geometry and plan.geometry != self._geometry:
+            raise ValueError(
+                f"plan was made for {plan.geometry}; this layer has {self._geometry}. "
+                f"Plan again with this layer's spec"
+            )
+        device = plan.batch.device
+        check_tensor(
+            "q",
+            q,
+            shape=(None, spec.num_qo_heads, spec.head_dim_qk),
+            dtype=spec.q_dtype,
+            device=device,
+            last_dim_contiguous=True,
+        )
+        if q.shape[0] < plan.num_tokens:
+            raise ValueError(
+                f"q must have at least {plan.num_tokens} rows, qo_indptr[-1] at plan time; "
+                f"got {q.shape[0]}"
+            )
+        for name, cache, head_dim in (("k", k, spec.head_dim_qk), ("v", v, spec.head_dim_vo)):
+            check_tensor(
+                name,
+                cache,
+                shape=(None, spec.page_size, spec.num_kv_heads, head_dim),
+                dtype=spec.kv_dtype,
+                device=device,
+                last_dim_contiguous=True,
+            )
+        if k.shape[0] != v.shape[0]:
+            raise ValueError(f"k and v must have as many pages; got {k.shape[0]} and {v.shape[0]}")
+        if self._checked:
+            _check_used_pages(plan, k.shape[0])
+
+    def _check_extras(
+        self,
+        plan: Plan,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        custom_mask: torch.Tensor | None,
+        mask_indptr: torch.Tensor | None,
+    ) -> None:
+        spec = self.spec
+        device = plan.batch.device
+        for name, value, wanted in (
+            ("alibi_slopes", alibi_slopes, spec.alibi),
+            ("sinks", sinks, spec.sinks),
+            ("custom_mask", custom_mask, spec.custom_mask),
+            ("mask_indptr", mask_indptr, spec.custom_mask),
+        ):
+            if (value is not None) != wanted:
+                flag = "custom_mask" if "mask" in name else name.removesuffix("_slopes")
+                need = f"is needed because spec.{flag} is True" if wanted else "must be None"
+                raise ValueError(f"{name} {need}; got {None if value is None else 'a tensor'}")
+        heads = (spec.num_qo_heads,)
+        if alibi_slopes is not None:
+            check_tensor(
+                "alibi_slopes", alibi_slopes, shape=heads, dtype=torch.float32, device=device
+            )
+        if sinks is not None:
+            check_tensor("sinks", sinks, shape=heads, dtype=torch.float32, device=device)
+        if custom_mask is not None and mask_indptr is not None:
+            check_tensor(
+                "custom_mask", custom_mask, shape=(None,), dtype=torch.uint8, device=device
+            )
+            requests = plan.batch.num_requests
+            check_tensor(
+                "mask_indptr", mask_indptr, shape=(requests + 1,), dtype=torch.int32, device=device
+            )
+            if int(mask_indptr[-1]) > custom_mask.shape[0]:
+                raise ValueError(
+                    f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; "
+                    f"got {custom_mask.shape[0]}"
+                )
+
+    def _check_outputs(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        spec = self.spec
+        rows, heads = q.shape[0], spec.num_qo_heads
+        if out is None:
+            out = torch.empty((rows, heads, spec.head_dim_vo), dtype=spec.o_dtype, device=q.device)
+            out[plan.num_tokens :].zero_()
+        else:
+            check_tensor(
+                "out",
+                out,
+                shape=(rows, heads, spec.head_dim_vo),
+                dtype=spec.o_dtype,
+                device=q.device,
+                last_dim_contiguous=True,
+            )
+        if lse is not None:
+            check_tensor("lse", lse, shape=(rows, heads), dtype=torch.float32, device=q.device)
+        elif return_lse:
+            lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+            lse[plan.num_tokens :] = float("-inf")
+        return out, lse

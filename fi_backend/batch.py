@@ -1,0 +1,167 @@
+"""PagedBatch: what is fixed for one step, in the form the engine already has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fi_backend.checks import check_lengths, check_offsets, check_tensor
+
+__all__ = ["PagedBatch"]
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """R requests, each with new query rows behind a table of cache pages.
+
+    One of two page tables is given; no entry past a request's length is ever read.
+
+    Attributes:
+        qo_indptr: int32 [R + 1], first query row of each request; rows of a request are
+            consecutive. Requests without rows are legal.
+        kv_lens: int32 [R], cached tokens of each request, new ones included. May be 0.
+        block_table: int32 [rows, max_pages], page ids; any row stride.
+        request_rows: int32 or int64 [R], row of `block_table` for each request; row r if None.
+        page_indptr: int32 [R + 1], first entry of each request in `page_indices`.
+        page_indices: int32 [num_entries], page ids. None means that request r's keys are the
+            consecutive tokens from page_indptr[r] on (ragged keys and values, page_size 1).
+    """
+
+    qo_indptr: torch.Tensor
+    kv_lens: torch.Tensor
+    block_table: torch.Tensor | None = None
+    request_rows: torch.Tensor | None = None
+    page_indptr: torch.Tensor | None = None
+    page_indices: torch.Tensor | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self.kv_lens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.qo_indptr.device
+
+    @classmethod
+    def from_csr(
+        cls,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        page_size: int,
+    ) -> PagedBatch:
+        """Build a batch from FlashInfer's page table.
+
+        Args:
+            qo_indptr: int32 [R + 1].
+            kv_indptr: int32 [R + 1], counted in pages.
+            kv_indices: int32 [num_pages_used], page ids.
+            last_page_len: int32 [R], tokens in each request's last page.
+            page_size: tokens a page holds.
+        """
+        pages = kv_indptr[1:] - kv_indptr[:-1]
+        full = (pages - 1).clamp(min=0) * page_size
+        kv_lens = torch.where(pages > 0, full + last_page_len, torch.zeros_like(pages))
+        return cls(
+            qo_indptr, kv_lens.to(torch.int32), page_indptr=kv_indptr, page_indices=kv_indices
+        )
+
+    @classmethod
+    def ragged(cls, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor) -> PagedBatch:
+        """Build a batch whose keys lie one after the other, int32 [R + 1] token offsets each."""
+        return cls(qo_indptr, kv_indptr[1:] - kv_indptr[:-1], page_indptr=kv_indptr)
+
+    def validate(self, page_size: int) -> None:
+        """Check shapes and dtypes, and on the host values too, before a plan reads them.
+
+        Raises:
+            TypeError: an argument is no tensor or has the wrong dtype.
+            ValueError: a shape, device, offset or length is not allowed.
+        """
+        device = self.qo_indptr.device
+        check_tensor("kv_lens", self.kv_lens, shape=(None,), dtype=torch.int32, device=device)
+        requests = self.num_requests
+        check_tensor("qo_indptr", self.qo_indptr, shape=(requests + 1,), dtype=torch.int32)
+        longest = self._check_block_table() if self.block_table is not None else None
+        if self.block_table is None:
+            self._check_csr()
+        if device.type != "cpu":
+            return
+        check_offsets("qo_indptr", self.qo_indptr)
+        check_lengths(
+            "kv_lens", self.kv_lens, longest=None if longest is None else longest * page_size
+        )
+        if self.page_indptr is not None:
+            check_offsets("page_indptr", self.page_indptr)
+            self._check_entries(self.page_indptr, page_size)
+
+    def _check_block_table(self) -> int:
+        if self.page_indptr is not None or self.page_indices is not None:
+            raise ValueError("give block_table or page_indptr/page_indices, not both")
+        assert self.block_table is not None
+        check_tensor(
+            "block_table",
+            self.block_table,
+            shape=(None, None),
+            dtype=torch.int32,
+            device=self.device,
+            last_dim_contiguous=True,
+        )
+        rows = self.block_table.shape[0]
+        if self.request_rows is not None:
+            check_tensor(
+                "request_rows",
+                self.request_rows,
+                shape=(self.num_requests,),
+                dtype=(torch.int32, torch.int64),
+                device=self.device,
+            )
+            if self.device.type == "cpu" and self.num_requests:
+                low, high = int(self.request_rows.min()), int(self.request_rows.max())
+                if low < 0 or high >= rows:
+                    raise ValueError(
+                        f"request_rows must hold rows in [0, {rows}); got values in [{low}, {high}]"
+                    )
+        elif rows < self.num_requests:
+            raise ValueError(
+                f"block_table must have a row for each of the {self.num_requests} requests; "
+                f"got {rows}"
+            )
+        return self.block_table.shape[1]
+
+    def _check_csr(self) -> None:
+        if self.page_indptr is None:
+            raise ValueError("give block_table or page_indptr; got neither")
+        check_tensor(
+            "page_indptr",
+            self.page_indptr,
+            shape=(self.num_requests + 1,),
+            dtype=torch.int32,
+            device=self.device,
+        )
+        if self.page_indices is not None:
+            check_tensor(
+                "page_indices",
+                self.page_indices,
+                shape=(None,),
+                dtype=torch.int32,
+                device=self.device,
+            )
+
+    def _check_entries(self, page_indptr: torch.Tensor, page_size: int) -> None:
+        """Check that the entries of each request hold its tokens, and exist."""
+        if self.page_indices is not None and int(page_indptr[-1]) > self.page_indices.shape[0]:
+            raise ValueError(
+                f"page_indices must have at least page_indptr[-1] = {int(page_indptr[-1])} entries; "
+                f"got {self.page_indices.shape[0]}"
+            )
+        room = (page_indptr[1:] - page_indptr[:-1]).to(torch.int64) * page_size
+        short = self.kv_lens > room
+        if bool(short.any()):
+            at = int(short.nonzero()[0])
+            raise ValueError(
+                f"kv_lens[{at}] must be at most {int(room[at])}, the tokens its pages hold; "
+                f"got {int(self.kv_lens[at])}"
+            )

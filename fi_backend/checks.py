@@ -1,0 +1,120 @@
+"""Checks of tensor arguments. Every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["check_cpu", "check_lengths", "check_offsets", "check_page_ids", "check_tensor"]
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    *,
+    shape: Sequence[int | None],
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    last_dim_contiguous: bool = False,
+) -> None:
+    """Check rank, sizes, dtype, device and layout of one tensor argument.
+
+    `shape` holds a size per dimension, None where any size is allowed.
+
+    Raises:
+        TypeError: `tensor` is no tensor, or its dtype is not allowed.
+        ValueError: its rank, a size, its device or its last stride is not allowed.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}]; got {list(tensor.shape)}")
+    if dtype is not None:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if tensor.dtype not in allowed:
+            names = " or ".join(str(one) for one in allowed)
+            raise TypeError(f"{name} must have dtype {names}; got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on device {device}; got {tensor.device}")
+    if (
+        last_dim_contiguous
+        and tensor.numel() > 0
+        and tensor.shape[-1] > 1
+        and tensor.stride(-1) != 1
+    ):
+        raise ValueError(
+            f"{name} must have stride 1 in its last dimension; got strides {tensor.stride()}. "
+            f"Call .contiguous() on it first"
+        )
+
+
+def check_offsets(name: str, offsets: torch.Tensor, *, start_at_zero: bool = False) -> None:
+    """Check that a host tensor of offsets never decreases and starts at 0 (or above).
+
+    Raises:
+        ValueError: an offset is negative, smaller than the one before, or the first is not 0.
+    """
+    if offsets.numel() == 0:
+        raise ValueError(f"{name} must have at least one element; got shape {list(offsets.shape)}")
+    first = int(offsets[0])
+    if first < 0 or (start_at_zero and first != 0):
+        allowed = "0" if start_at_zero else "at least 0"
+        raise ValueError(f"{name}[0] must be {allowed}; got {first}")
+    steps = offsets[1:] < offsets[:-1]
+    if bool(steps.any()):
+        at = int(steps.nonzero()[0])
+        raise ValueError(
+            f"{name} must never decrease; got {name}[{at}] = {int(offsets[at])} and "
+            f"{name}[{at + 1}] = {int(offsets[at + 1])}"
+        )
+
+
+def check_lengths(name: str, lengths: torch.Tensor, *, longest: int | None = None) -> None:
+    """Check that every length in a host tensor lies in [0, longest].
+
+    Raises:
+        ValueError: a length is negative or longer than what its page table can hold.
+    """
+    if lengths.numel() == 0:
+        return
+    shortest = int(lengths.min())
+    if shortest < 0:
+        at = int((lengths < 0).nonzero()[0])
+        raise ValueError(f"{name} must be at least 0; got {name}[{at}] = {shortest}")
+    if longest is not None and int(lengths.max()) > longest:
+        at = int((lengths > longest).nonzero()[0])
+        raise ValueError(
+            f"{name} must be at most {longest}, the tokens its page table row can hold; "
+            f"got {name}[{at}] = {int(lengths[at])}"
+        )
+
+
+def check_page_ids(name: str, page_ids: torch.Tensor, *, num_pages: int) -> None:
+    """Check that every page id in a host tensor lies in [0, num_pages).
+
+    Raises:
+        ValueError: an id is out of range.
+    """
+    bad = (page_ids < 0) | (page_ids >= num_pages)
+    if bool(bad.any()):
+        value = int(page_ids[bad][0])
+        raise ValueError(f"{name} must hold page ids in [0, {num_pages}); got {value}")
+
+
+def check_cpu(operation: str, device: torch.device) -> None:
+    """Refuse a device that this version has no kernels for.
+
+    Raises:
+        UnsupportedError: `device` is not the CPU.
+    """
+    if device.type != "cpu":
+        from fi_backend.errors import UnsupportedError
+
+        raise UnsupportedError(
+            f"{operation}: tensors on {device.type} are not supported yet by this version; "
+            f"got device={device}, expected cpu"
+        )

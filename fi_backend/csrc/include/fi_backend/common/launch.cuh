@@ -1,0 +1,60 @@
+// Host side of kernel launches, compiled by nvcc.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fi_backend/common/head_tile.h>
+#include <fi_backend/common/macros.h>
+
+namespace fi {
+
+// True if every architecture this file is compiled for has griddepcontrol. A kernel without it,
+// launched as a dependent, would read before the kernel in front has written.
+constexpr bool compiled_with_pdl() {
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};
+  for (int arch : kArchs) {
+    if (arch < 900) return false;
+  }
+  return true;
+}
+
+// Launch `kernel(args...)` on `stream`. The result reports a refused launch, not a failing kernel.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t num_blocks, dim3 block, cudaStream_t stream,
+                   bool enable_pdl, const Args&... args) {
+  if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = enable_pdl && compiled_with_pdl() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), const HeadTile& tile, cudaStream_t stream,
+                   bool enable_pdl, const Params& params) {
+  return launch(kernel, tile.num_blocks, dim3(tile.x, tile.y, tile.z), stream, enable_pdl, params);
+}
+
+// Number of SMs of the current device.
+inline cudaError_t get_num_sms(int* num_sms) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
+}
+
+// True if kVecSize elements of T at `base`, and at any sum of `strides` (in elements) from it, can
+// move as one access.
+template <class T, int kVecSize, class... Strides>
+bool is_aligned(const void* base, Strides... strides) {
+  const uint64_t address = reinterpret_cast<uintptr_t>(base);
+  const uint64_t offsets = (uint64_t(0) | ... | uint64_t(strides));
+  return address % (kVecSize * sizeof(T)) == 0 && offsets % kVecSize == 0;
+}
+
+}  // namespace fi

@@ -1,0 +1,20 @@
+// Macros that let one header serve g++, nvcc and NVRTC.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FI_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FI_HOST_DEVICE inline
+#endif
+
+#if defined(__CUDACC_RTC__)
+// NVRTC has no system headers; these are the ABI types of every 64-bit CUDA platform.
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+#else
+#include <cstdint>
+#endif

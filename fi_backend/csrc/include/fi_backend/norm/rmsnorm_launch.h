@@ -1,0 +1,12 @@
+// Entry point of an RMS norm module; each module holds one instantiation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fi_backend/norm/norm_params.h>
+
+namespace fi {
+
+[[gnu::visibility("hidden")]] cudaError_t launch_rmsnorm(const RmsNormParams& params,
+                                                         cudaStream_t stream);
+
+}  // namespace fi

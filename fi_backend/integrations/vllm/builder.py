@@ -1,0 +1,100 @@
+"""Once a step and group of layers: vLLM's metadata -> plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import AttentionSpec as KVCacheSpec
+from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
+
+from fi_backend import AttentionSpec, Workspace
+from fi_backend.errors import UnsupportedError
+from fi_backend.integrations.vllm import counters
+from fi_backend.integrations.vllm.impl import FIAttentionImpl, attention_for, geometry_key
+from fi_backend.integrations.vllm.metadata import FIMetadata, to_batch
+
+__all__ = ["FIMetadataBuilder"]
+
+# vLLM makes builders per group, micro-batch and drafter, and makes all of them twice. Their steps
+# run one after the other, so one workspace per device serves them all.
+_workspaces: dict[torch.device, Workspace] = {}
+
+
+class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
+    """Plans each step once for every geometry that the group's layers have.
+
+    The window is a property of a layer, not of its group: with vLLM's hybrid cache manager off, one
+    group mixes windowed and full layers.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._encoder_only = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
+        self._workspace = _workspaces.setdefault(device, Workspace(device))
+        impls = self._impls()
+        self._num_layers = len(impls)
+        self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
+        for spec in self._specs[not self._encoder_only].values():
+            attention_for(spec, device)  # compiles or loads the kernels before the first step
+
+    def _impls(self) -> list[FIAttentionImpl]:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = (getattr(layers.get(name), "impl", None) for name in self.layer_names)
+        return [impl for impl in impls if isinstance(impl, FIAttentionImpl)]
+
+    def _distinct_specs(
+        self, impls: list[FIAttentionImpl], causal: bool
+    ) -> dict[int, AttentionSpec]:
+        """One spec per geometry; empty if the layers are unknown, which then plan on first use."""
+        if self.vllm_config.model_config is None:
+            return {}
+        cache: Any = self.kv_cache_spec
+        specs = (
+            impl.spec(
+                q_dtype=self.vllm_config.model_config.dtype,
+                page_size=1 if self._encoder_only else cache.block_size,
+                head_dim_vo=getattr(cache, "head_size_v", cache.head_size),
+                causal=causal,
+            )
+            for impl in impls
+        )
+        return {geometry_key(spec): spec for spec in specs}
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: Any,
+        fast_build: bool = False,
+    ) -> FIMetadata:
+        """Translate one step and plan it.
+
+        Raises:
+            UnsupportedError: causality differs between requests.
+        """
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise UnsupportedError(
+                "fi_backend: attention that is causal for some requests only is not supported; "
+                "start without --attention-backend to use vLLM's own"
+            )
+        metadata = FIMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            slot_mapping=common.slot_mapping,
+            causal=bool(common.causal),
+            batch=to_batch(common, encoder_only=self._encoder_only),
+            workspace=self._workspace,
+            plans={},
+        )
+        for key, spec in self._specs[metadata.causal].items():
+            metadata.plan_for(key, spec)
+        counters.count_step(self._num_layers)
+        return metadata

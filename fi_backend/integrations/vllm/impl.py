@@ -1,0 +1,266 @@
+"""Once a layer and step: write the cache, run attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from fi_backend import AttentionSpec, PagedAttention, append_to_cache
+from fi_backend.errors import UnsupportedError
+from fi_backend.integrations.vllm.kv_cache import cache_dtype, split_cache
+from fi_backend.integrations.vllm.metadata import FIMetadata
+
+__all__ = ["FIAttentionImpl", "attention_for", "geometry_key"]
+
+_attentions: dict[tuple[AttentionSpec, torch.device], PagedAttention] = {}
+_geometry_keys: dict[Any, int] = {}
+
+
+def attention_for(spec: AttentionSpec, device: torch.device) -> PagedAttention:
+    """Return the process's one PagedAttention for `spec`; layers that agree share it."""
+    found = _attentions.get((spec, device))
+    if found is None:
+        found = _attentions[spec, device] = PagedAttention(spec, device)
+    return found
+
+
+def geometry_key(spec: AttentionSpec) -> int:
+    """Return a number that stands for the spec's geometry: a cheap key of plans."""
+    return _geometry_keys.setdefault(spec.geometry, len(_geometry_keys))
+
+
+@dataclass(slots=True)
+class _Bound:
+    """What a layer derives from a cache tensor once, and reuses until the tensor changes."""
+
+    kv_cache: torch.Tensor
+    data_ptr: int
+    causal: bool
+    views: tuple[torch.Tensor, torch.Tensor]
+    attention: PagedAttention
+    plan_key: int
+
+    def fits(self, kv_cache: torch.Tensor, causal: bool) -> bool:
+        # Holding the tensor makes identity safe; its memory may still be given back and replaced.
+        return (
+            kv_cache is self.kv_cache
+            and causal is self.causal
+            and kv_cache.data_ptr() == self.data_ptr
+        )
+
+
+class FIAttentionImpl(AttentionImpl[FIMetadata]):
+    """One attention layer of the model.
+
+    Args:
+        num_heads: query heads of this rank.
+        head_size: size of a query and key head.
+        scale: factor on q . k.
+        num_kv_heads: key/value heads of this rank; num_heads if None.
+        alibi_slopes: one slope per query head, or None.
+        sliding_window: tokens a token sees, itself included; None for all.
+        kv_cache_dtype: vLLM's name of the cache's dtype.
+        logits_soft_cap: c turns a logit x into c * tanh(x / c); None or 0 for no cap.
+        attn_type: one of vLLM's AttentionType.
+        kv_sharing_target_layer_name: layer whose cache this one reads instead of its own.
+        sinks: [num_heads], a logit per query head that joins the softmax denominator, or None.
+
+    Raises:
+        UnsupportedError: a sliding window over an encoder's own tokens, which is two-sided.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
+        self.sliding_window = sliding_window
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
+        self._encoder_only = attn_type == AttentionType.ENCODER_ONLY
+        if self._encoder_only and sliding_window is not None:
+            raise UnsupportedError(
+                f"sliding_window must be None for attn_type {attn_type}; got {sliding_window}. "
+                f"Start without --attention-backend to use vLLM's own"
+            )
+        self._sinks_fp32: torch.Tensor | None = None
+        self._bound: _Bound | None = None
+
+    def spec(
+        self, *, q_dtype: torch.dtype, page_size: int, head_dim_vo: int, causal: bool
+    ) -> AttentionSpec:
+        """Return this layer's spec for a cache with pages of `page_size` tokens."""
+        return AttentionSpec(
+            num_qo_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim_qk=self.head_size,
+            head_dim_vo=head_dim_vo,
+            q_dtype=q_dtype,
+            kv_dtype=q_dtype if self._encoder_only else cache_dtype(self.kv_cache_dtype, q_dtype),
+            page_size=page_size,
+            causal=causal,
+            window_left=-1 if self.sliding_window is None else self.sliding_window - 1,
+            logits_soft_cap=self.logits_soft_cap,
+            sm_scale=self.scale,
+            alibi=self.alibi_slopes is not None,
+            sinks=self.sinks is not None,
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the sinks, a weight of the model, once they are loaded."""
+        if self.sinks is not None:
+            self._sinks_fp32 = self.sinks.detach().to(torch.float32)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: FIMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fill `output` with the attention of the step's tokens.
+
+        Args:
+            layer: the Attention module, for its scales.
+            query: [num_tokens, num_heads, head_size], padding included; may be a strided view.
+            key: [num_tokens, num_kv_heads, head_size]; read by encoder-only layers alone, the
+                others find it in the cache.
+            value: as key, with the value head size.
+            kv_cache: the layer's cache.
+            attn_metadata: the step; None in the engine's dry runs.
+            output: [num_tokens, num_heads, head_dim_vo].
+            output_scale: must be None; as output_block_scale.
+
+        Raises:
+            UnsupportedError: a fused quantisation of the output is asked for.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("output_scale and output_block_scale must be None; got a tensor")
+        tokens = attn_metadata.num_actual_tokens
+        if query.shape[0] != tokens:
+            query = query[:tokens]
+            target = output[:tokens]
+        else:
+            target = output
+        if self._encoder_only:
+            assert key is not None and value is not None
+            return self._encode(attn_metadata, query, key[:tokens], value[:tokens], target, output)
+
+        bound = self._bound
+        if bound is None or not bound.fits(kv_cache, attn_metadata.causal):
+            bound = self._bind(kv_cache, query.dtype, attn_metadata.causal)
+        bound.attention.run(
+            attn_metadata.plan_for(bound.plan_key, bound.attention.spec),
+            query,
+            bound.views,
+            out=target,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self._sinks_fp32,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write each token's key and value to its slot of the cache; slot -1 is skipped.
+
+        Args:
+            layer: the Attention module, for its scales.
+            key: [num_tokens, num_kv_heads, head_size]; rows beyond the slots are padding.
+            value: as key, with the value head size.
+            kv_cache: the layer's cache.
+            slot_mapping: int64 [num_slots], page * page_size + offset.
+        """
+        if self._encoder_only or kv_cache.numel() == 0:
+            return
+        bound = self._bound
+        if bound is None or not bound.fits(kv_cache, bound.causal):
+            bound = self._bind(kv_cache, key.dtype, self.attn_type == AttentionType.DECODER)
+        slots = slot_mapping.shape[0]
+        if key.shape[0] != slots:
+            key, value = key[:slots], value[:slots]
+        append_to_cache(
+            key,
+            value,
+            bound.views,
+            slot_mapping,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+        )
+
+    def _bind(self, kv_cache: torch.Tensor, dtype: torch.dtype, causal: bool) -> _Bound:
+        views = split_cache(kv_cache, self.head_size, cache_dtype(self.kv_cache_dtype, dtype))
+        spec = self.spec(
+            q_dtype=dtype, page_size=views[0].shape[1], head_dim_vo=views[1].shape[3], causal=causal
+        )
+        self._bound = _Bound(
+            kv_cache=kv_cache,
+            data_ptr=kv_cache.data_ptr(),
+            causal=causal,
+            views=views,
+            attention=attention_for(spec, kv_cache.device),
+            plan_key=geometry_key(spec),
+        )
+        return self._bound
+
+    def _encode(
+        self,
+        metadata: FIMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        target: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend to the step's own keys and values, without a cache."""
+        spec = self.spec(
+            q_dtype=query.dtype,
+            page_size=1,
+            head_dim_vo=value.shape[2],
+            causal=metadata.causal,
+        )
+        attention_for(spec, query.device).run(
+            metadata.plan_for(geometry_key(spec), spec),
+            query,
+            (key.unsqueeze(1), value.unsqueeze(1)),
+            out=target,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self._sinks_fp32,
+        )
+        return output

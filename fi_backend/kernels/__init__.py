@@ -1,0 +1,1 @@
+"""One file per kernel: its KernelSpec, its memoised loader and one keyword-only function."""

@@ -1,0 +1,145 @@
+"""plan(): divide one step's attention work among workers.
+
+The work of a step is a line of (request, kv head, query tile, kv tile) cells. Every worker gets a
+contiguous piece of about equal cost; a query tile that a boundary cuts leaves partial results,
+which are merged in index order. So the load is balanced for any mix of lengths, and scratch memory
+is bounded by the number of workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fi_backend.batch import PagedBatch
+from fi_backend.checks import check_cpu
+from fi_backend.errors import UnsupportedError
+from fi_backend.kernels import attention as attention_kernels
+from fi_backend.kernels import host_plan as planner
+from fi_backend.spec import AttentionSpec, Geometry, supports
+from fi_backend.workspace import Workspace
+
+__all__ = ["Plan", "plan", "workspace_bytes"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's division of work. Layers whose specs share a geometry share it.
+
+    Attributes:
+        geometry: what the plan was made for; run() checks it against its spec.
+        batch: the step's tensors; they must not change before the last run.
+        buffer: int32 work line and piece table.
+        partials: float32 scratch for the results of cut query tiles.
+        num_workers: workers the line was divided among.
+        num_tokens: query rows that the batch covers.
+    """
+
+    geometry: Geometry
+    batch: PagedBatch
+    buffer: torch.Tensor
+    partials: torch.Tensor
+    num_workers: int
+    num_tokens: int
+
+
+def _partial_floats(spec: AttentionSpec, num_workers: int) -> int:
+    return attention_kernels.partial_floats(
+        num_workers=num_workers,
+        num_qo_heads=spec.num_qo_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim_qk=spec.head_dim_qk,
+        head_dim_vo=spec.head_dim_vo,
+    )
+
+
+def workspace_bytes(
+    spec: AttentionSpec, max_reqs: int, max_tokens: int, num_workers: int | None = None
+) -> int:
+    """Bytes that planning and running `spec` need at most, from capacities alone.
+
+    Args:
+        spec: the layer.
+        max_reqs: most requests of a step.
+        max_tokens: most query rows of a step; the bound does not grow with it on the CPU.
+        num_workers: threads; torch.get_num_threads() if None.
+    """
+    if max_reqs < 0 or max_tokens < 0:
+        raise ValueError(
+            f"max_reqs and max_tokens must be at least 0; got {max_reqs} and {max_tokens}"
+        )
+    workers = torch.get_num_threads() if num_workers is None else num_workers
+    ints = planner.plan_buffer_ints(max_reqs=max_reqs, num_workers=workers)
+    return 4 * (ints + _partial_floats(spec, workers))
+
+
+def plan(
+    spec: AttentionSpec,
+    batch: PagedBatch,
+    workspace: Workspace,
+    *,
+    into: Plan | None = None,
+    num_workers: int | None = None,
+    split_tokens: int = 0,
+) -> Plan:
+    """Divide the work of `batch` among workers.
+
+    Args:
+        spec: the layer, or any of the layers that share its geometry.
+        batch: the step; validated here, before any kernel reads it.
+        workspace: scratch memory on the batch's device.
+        into: a plan whose buffer is refilled if it is large enough; its earlier contents are gone.
+        num_workers: threads to divide among; torch.get_num_threads() if None.
+        split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
+            -1 never cuts them: either makes a request's bits independent of its batch mates.
+
+    Raises:
+        UnsupportedError: `spec` cannot run on the batch's device.
+        TypeError, ValueError: a tensor of the batch has a wrong dtype, shape, device or value.
+    """
+    check_cpu("plan", batch.device)
+    reason = supports(spec, batch.device.type)
+    if reason is not None:
+        raise UnsupportedError(f"plan: {reason}")
+    if workspace.device != batch.device:
+        raise ValueError(
+            f"workspace must be on the batch's device {batch.device}; got {workspace.device}"
+        )
+    if split_tokens < -1:
+        raise ValueError(f"split_tokens must be at least -1; got {split_tokens}")
+    workers = torch.get_num_threads() if num_workers is None else num_workers
+    if workers < 1:
+        raise ValueError(f"num_workers must be at least 1; got {workers}")
+    batch.validate(spec.page_size)
+
+    ints = planner.plan_buffer_ints(max_reqs=batch.num_requests, num_workers=workers)
+    if into is not None and into.buffer.numel() >= ints:
+        buffer = into.buffer
+    else:
+        buffer = torch.empty(ints, dtype=torch.int32, device=batch.device)
+    geometry = spec.geometry
+    planner.host_plan(
+        plan_buffer=buffer,
+        qo_indptr=batch.qo_indptr,
+        kv_lens=batch.kv_lens,
+        num_qo_heads=geometry.num_qo_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim_qk=geometry.head_dim_qk,
+        head_dim_vo=geometry.head_dim_vo,
+        q_dtype=geometry.q_dtype,
+        kv_dtype=geometry.kv_dtype,
+        causal=geometry.causal,
+        window_left=geometry.window_left,
+        num_workers=workers,
+        split=split_tokens,
+        many_rows_only=geometry.rope,
+    )
+    return Plan(
+        geometry=geometry,
+        batch=batch,
+        buffer=buffer,
+        partials=workspace.partials(_partial_floats(spec, workers)),
+        num_workers=workers,
+        num_tokens=int(batch.qo_indptr[-1]),
+    )

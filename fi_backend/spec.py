@@ -1,0 +1,158 @@
+"""AttentionSpec: what is fixed for one attention layer, and what the kernels can do of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["AttentionSpec", "Geometry", "supports"]
+
+_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CACHE_DTYPES = (*_QUERY_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
+_MAX_HEAD_DIM = 512
+_HEAD_DIM_STEP = 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The part of a spec that a plan depends on: layers that share it share one plan."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    page_size: int
+    causal: bool
+    window_left: int
+    rope: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One attention layer. Hashable, so that layers which agree share kernels and plans.
+
+    Attributes:
+        num_qo_heads: query heads; any multiple of num_kv_heads.
+        num_kv_heads: key/value heads.
+        head_dim_qk: size of a query and key head.
+        head_dim_vo: size of a value and output head; head_dim_qk if None.
+        q_dtype: float32, bfloat16 or float16.
+        kv_dtype: dtype of the cache: as q_dtype, or float8_e4m3fn, float8_e5m2; q_dtype if None.
+        o_dtype: dtype of the output; q_dtype if None.
+        page_size: tokens a page of the cache holds.
+        causal: query row i of a request with qo_len rows and kv_len keys sees keys up to
+            i + kv_len - qo_len.
+        window_left: how many keys left of its own position a row sees; -1 for all of them.
+        logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c), before masking.
+        sm_scale: factor on q . k; 1 / sqrt(head_dim_qk) if None.
+        alibi: run() gets alibi_slopes, and slope * (key index - query row) joins each logit.
+        sinks: run() gets sinks, one logit per query head that joins the softmax denominator.
+        custom_mask: run() gets a packed mask, which takes the place of the causal one.
+        rope_theta: > 0 rotates q and the unrotated keys inside the kernel (half-split layout).
+        rope_scale: divides positions when rope_theta > 0.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int = field(default=None)  # type: ignore[assignment]
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype = field(default=None)  # type: ignore[assignment]
+    o_dtype: torch.dtype = field(default=None)  # type: ignore[assignment]
+    page_size: int = 1
+    causal: bool = True
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    sm_scale: float = field(default=None)  # type: ignore[assignment]
+    alibi: bool = False
+    sinks: bool = False
+    custom_mask: bool = False
+    rope_theta: float = 0.0
+    rope_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "head_dim_vo": self.head_dim_qk,
+            "kv_dtype": self.q_dtype,
+            "o_dtype": self.q_dtype,
+            "sm_scale": 1.0 / math.sqrt(self.head_dim_qk) if self.head_dim_qk > 0 else 1.0,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim_qk=self.head_dim_qk,
+            head_dim_vo=self.head_dim_vo,
+            q_dtype=self.q_dtype,
+            kv_dtype=self.kv_dtype,
+            page_size=self.page_size,
+            causal=self.causal and not self.custom_mask,
+            window_left=self.window_left,
+            rope=self.rope_theta > 0,
+        )
+
+
+def _head_dim_reason(name: str, value: int) -> str | None:
+    if 0 < value <= _MAX_HEAD_DIM and value % _HEAD_DIM_STEP == 0:
+        return None
+    return f"{name} must be a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; got {value}"
+
+
+def _dtype_reason(name: str, value: torch.dtype, allowed: tuple[torch.dtype, ...]) -> str | None:
+    if value in allowed:
+        return None
+    return f"{name} must be one of {', '.join(str(dtype) for dtype in allowed)}; got {value}"
+
+
+def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
+    """Say why `spec` cannot run on `device_type`, or None if it can.
+
+    This is the one place that knows limits; adapters ask it instead of repeating them.
+    """
+    if device_type != "cpu":
+        return f"device must be cpu in this version; got {device_type}"
+    if spec.num_kv_heads < 1 or spec.num_qo_heads < 1 or spec.num_qo_heads % spec.num_kv_heads:
+        return (
+            "num_qo_heads must be a positive multiple of num_kv_heads; "
+            f"got num_qo_heads={spec.num_qo_heads}, num_kv_heads={spec.num_kv_heads}"
+        )
+    reasons = (
+        _head_dim_reason("head_dim_qk", spec.head_dim_qk),
+        _head_dim_reason("head_dim_vo", spec.head_dim_vo),
+        _dtype_reason("q_dtype", spec.q_dtype, _QUERY_DTYPES),
+        _dtype_reason("kv_dtype", spec.kv_dtype, _CACHE_DTYPES),
+        _dtype_reason("o_dtype", spec.o_dtype, _QUERY_DTYPES),
+    )
+    for reason in reasons:
+        if reason is not None:
+            return reason
+    if spec.page_size < 1:
+        return f"page_size must be at least 1; got {spec.page_size}"
+    if spec.window_left < -1:
+        return f"window_left must be at least 0, or -1 for no window; got {spec.window_left}"
+    if not math.isfinite(spec.sm_scale):
+        return f"sm_scale must be finite; got {spec.sm_scale}"
+    if not (spec.logits_soft_cap >= 0.0 and math.isfinite(spec.logits_soft_cap)):
+        return f"logits_soft_cap must be finite and at least 0; got {spec.logits_soft_cap}"
+    if spec.rope_theta < 0.0 or spec.rope_scale <= 0.0:
+        return (
+            "rope_theta must be at least 0 and rope_scale above 0; "
+            f"got rope_theta={spec.rope_theta}, rope_scale={spec.rope_scale}"
+        )
+    if spec.rope_theta > 0.0 and spec.head_dim_qk % 2:
+        return f"head_dim_qk must be even for rope; got {spec.head_dim_qk}"
+    return None

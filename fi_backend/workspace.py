@@ -1,0 +1,31 @@
+"""Workspace: the scratch memory of one device and stream."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Scratch memory that plans of one device and stream share.
+
+    It grows when a plan needs more and never shrinks. What a plan needs is bounded by the number
+    of workers, never by the batch or its lengths, so it cannot overflow. Steps that use one
+    workspace must run one after the other; give each stream its own.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._partials = torch.empty(0, dtype=torch.float32, device=self.device)
+
+    def partials(self, num_floats: int) -> torch.Tensor:
+        """Return float32 scratch of at least `num_floats` elements, growing it if needed."""
+        if self._partials.numel() < num_floats:
+            self._partials = torch.empty(num_floats, dtype=torch.float32, device=self.device)
+        return self._partials
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return self._partials.numel() * self._partials.element_size()
