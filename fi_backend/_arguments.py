@@ -211,9 +211,7 @@ def split_paged_cache(
     elif isinstance(cache, (tuple, list)) and len(cache) == 2:
         k, v = cache
     else:
-        raise TypeError(
-            f"{name} must be a tensor or a pair of tensors; got {type(cache).__name__}"
-        )
+        raise TypeError(f"{name} must be a tensor or a pair of tensors; got {type(cache).__name__}")
     return _as_nhd(f"{name}'s keys", k, kv_layout), _as_nhd(f"{name}'s values", v, kv_layout)
 
 

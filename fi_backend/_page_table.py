@@ -12,8 +12,7 @@ __all__ = [
     "check_lens",
     "check_page_table",
     "fill",
-    "mask_offsets",
-    "pack_mask",
+    "resolve_mask",
 ]
 
 
@@ -105,38 +104,60 @@ def fill(name: str, buffer: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def mask_offsets(qo_lens: torch.Tensor, kv_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each request's packed mask starts.
-
-    Returns:
-        (mask_indptr, bits): int32 [batch_size + 1] byte offsets, int64 [batch_size] bits used.
-    """
-    bits = qo_lens.to(torch.int64) * kv_lens.to(torch.int64)
-    indptr = torch.zeros(bits.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum((bits + 7) // 8, 0, out=indptr[1:])
-    return indptr.to(torch.int32), bits
-
-
-def pack_mask(mask: torch.Tensor, bits: torch.Tensor, mask_indptr: torch.Tensor) -> torch.Tensor:
-    """Pack flattened boolean masks, each request from a byte of its own, lowest bit first.
+def resolve_mask(
+    custom_mask: torch.Tensor | None,
+    packed_custom_mask: torch.Tensor | None,
+    qo_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Bring a custom mask into the form kernels read.
 
     Args:
-        mask: bool [sum of bits], qo_len x kv_len of every request in turn.
-        bits: int64 [batch_size] and mask_indptr: int32 [batch_size + 1], from mask_offsets().
+        custom_mask: bool, qo_len x kv_len elements of every request in turn, or None.
+        packed_custom_mask: uint8 [num_bytes], packed already; it takes precedence.
+        qo_lens: int32 [batch_size].
+        kv_lens: int32 [batch_size].
+
+    Returns:
+        (packed, mask_indptr): uint8 bits, lowest first, every request at a byte of its own, and
+        int32 [batch_size + 1] byte offsets; (None, None) if there is no mask.
     """
-    flat = mask.reshape(-1)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"custom_mask must have dtype torch.bool; got {mask.dtype}")
-    total = int(bits.sum())
-    if flat.shape[0] != total:
+    if custom_mask is None and packed_custom_mask is None:
+        return None, None
+    bits = qo_lens.to(torch.int64) * kv_lens.to(torch.int64)
+    offsets = torch.zeros(bits.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum((bits + 7) // 8, 0, out=offsets[1:])
+    num_bytes = int(offsets[-1])
+    if num_bytes > torch.iinfo(torch.int32).max:
+        raise ValueError(f"custom_mask must pack into fewer than 2**31 bytes; got {num_bytes}")
+    if packed_custom_mask is not None:
+        check_tensor("packed_custom_mask", packed_custom_mask, shape=(None,), dtype=torch.uint8)
+        if packed_custom_mask.shape[0] < num_bytes:
+            raise ValueError(
+                f"packed_custom_mask must have {num_bytes} bytes, qo_len x kv_len bits of every "
+                f"request rounded up to bytes; got {packed_custom_mask.shape[0]}"
+            )
+        return packed_custom_mask.contiguous(), offsets.to(torch.int32)
+    assert custom_mask is not None
+    return _pack(custom_mask, bits, offsets), offsets.to(torch.int32)
+
+
+def _pack(mask: torch.Tensor, bits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Pack flattened boolean masks, each request from a byte of its own, lowest bit first."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"custom_mask must be a torch.Tensor of dtype torch.bool; "
+            f"got {getattr(mask, 'dtype', type(mask).__name__)}"
+        )
+    total, num_bytes = int(bits.sum()), int(offsets[-1])
+    if mask.numel() != total:
         raise ValueError(
             f"custom_mask must have {total} elements, qo_len x kv_len of every request; "
-            f"got {flat.shape[0]}"
+            f"got {mask.numel()}"
         )
-    num_bytes = int(mask_indptr[-1])
-    starts = mask_indptr[:-1].to(torch.int64) * 8
-    first = torch.cumsum(bits, 0) - bits
+    # Bit i of request r moves from the flat mask's position to its place after padding.
+    shift = offsets[:-1] * 8 - (torch.cumsum(bits, 0) - bits)
     padded = torch.zeros(num_bytes * 8, dtype=torch.uint8)
-    padded[torch.arange(total) + torch.repeat_interleave(starts - first, bits)] = flat.to(torch.uint8)
+    padded[torch.arange(total) + torch.repeat_interleave(shift, bits)] = mask.reshape(-1).byte()
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     return (padded.view(num_bytes, 8) * weights).sum(dim=1, dtype=torch.uint8)

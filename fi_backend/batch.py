@@ -63,10 +63,8 @@ class PagedBatch:
         """
         pages = kv_indptr[1:] - kv_indptr[:-1]
         full = (pages - 1).clamp(min=0) * page_size
-        kv_lens = torch.where(pages > 0, full + last_page_len, torch.zeros_like(pages))
-        return cls(
-            qo_indptr, kv_lens.to(torch.int32), page_indptr=kv_indptr, page_indices=kv_indices
-        )
+        kv_lens = torch.where(pages > 0, full + last_page_len, 0).to(torch.int32)
+        return cls(qo_indptr, kv_lens, page_indptr=kv_indptr, page_indices=kv_indices)
 
     @classmethod
     def ragged(cls, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor) -> PagedBatch:
@@ -84,15 +82,15 @@ class PagedBatch:
         check_tensor("kv_lens", self.kv_lens, shape=(None,), dtype=torch.int32, device=device)
         requests = self.num_requests
         check_tensor("qo_indptr", self.qo_indptr, shape=(requests + 1,), dtype=torch.int32)
-        longest = self._check_block_table() if self.block_table is not None else None
+        longest = None
         if self.block_table is None:
             self._check_csr()
+        else:
+            longest = self._check_block_table() * page_size
         if device.type != "cpu":
             return
         check_offsets("qo_indptr", self.qo_indptr)
-        check_lengths(
-            "kv_lens", self.kv_lens, longest=None if longest is None else longest * page_size
-        )
+        check_lengths("kv_lens", self.kv_lens, longest=longest)
         if self.page_indptr is not None:
             check_offsets("page_indptr", self.page_indptr)
             self._check_entries(self.page_indptr, page_size)
@@ -154,8 +152,8 @@ class PagedBatch:
         """Check that the entries of each request hold its tokens, and exist."""
         if self.page_indices is not None and int(page_indptr[-1]) > self.page_indices.shape[0]:
             raise ValueError(
-                f"page_indices must have at least page_indptr[-1] = {int(page_indptr[-1])} entries; "
-                f"got {self.page_indices.shape[0]}"
+                f"page_indices must have at least page_indptr[-1] = {int(page_indptr[-1])} "
+                f"entries; got {self.page_indices.shape[0]}"
             )
         room = (page_indptr[1:] - page_indptr[:-1]).to(torch.int64) * page_size
         short = self.kv_lens > room

@@ -9,7 +9,7 @@
         └── JitError                               a kernel module cannot be had
             ├── ToolchainError                     no usable compiler, or no ninja
             ├── BuildError                         a compiler or the linker failed
-            ├── CacheLockTimeout (also TimeoutError)   another process builds the module for too long
+            ├── CacheLockTimeout (also TimeoutError)   another process builds it for too long
             ├── ModuleLoadError                    a finished module does not load here
             └── MissingModuleError                 the JIT is disabled and no prebuilt module fits
 

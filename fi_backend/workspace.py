@@ -15,9 +15,20 @@ class Workspace:
     workspace must run one after the other; give each stream its own.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", *, buffer: torch.Tensor | None = None
+    ) -> None:
+        """Make a workspace that starts with the caller's `buffer`, if there is one.
+
+        Args:
+            device: where plans run.
+            buffer: contiguous scratch of any dtype on `device`, aligned to 4 bytes.
+        """
         self.device = torch.device(device)
-        self._partials = torch.empty(0, dtype=torch.float32, device=self.device)
+        if buffer is None:
+            buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        scratch = buffer.reshape(-1).view(torch.uint8)
+        self._partials = scratch[: scratch.numel() // 4 * 4].view(torch.float32)
 
     def partials(self, num_floats: int) -> torch.Tensor:
         """Return float32 scratch of at least `num_floats` elements, growing it if needed."""

@@ -3,8 +3,8 @@
 
 usage: resolve_lock.py LOCK
 
-The lock file's top-level packages are resolved by pip for this platform. What would pull in CUDA, or
-breaks without it, is left out, as it is in the lock files of the repository.
+The lock file's top-level packages are resolved by pip for this platform. What would pull in CUDA,
+or breaks without it, is left out, as it is in the lock files of the repository.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def resolve(requirements: list[str]) -> list[str]:
         constraints = Path(folder, "constraints.txt")
         constraints.write_text(TORCH + "\n")
         report = Path(folder, "report.json")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-            + ["--report", str(report), "--constraint", str(constraints), *requirements],
-            check=True,
-        )
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+        command += ["--ignore-installed", "--report", str(report)]
+        command += ["--constraint", str(constraints), *requirements]
+        subprocess.run(command, check=True)
         installs = json.loads(report.read_text())["install"]
     pins = {item["metadata"]["name"]: item["metadata"]["version"] for item in installs}
     kept = {name: version for name, version in pins.items() if name.lower() not in LEFT_OUT}

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         "--python", default=platform.python_version(), help="version of --stdlib, for the card"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=32, help="sequences in a step")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--learning-rate", type=float, default=3e-3)

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,7 @@ def system_needs(library: bytes) -> dict[str, str]:
     return dict(sorted(newest.items()))
 
 
-def _version(text: str) -> Sequence[int]:
+def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 

@@ -14,19 +14,15 @@ from fi_backend.errors import UnsupportedError
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX2_FEATURES = frozenset({"avx2", "fma", "f16c"})
+_AVX512_FEATURES = _AVX2_FEATURES | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 # Best first. The words are those of /proc/cpuinfo, which lists a feature only where the kernel
 # also saves its registers.
 _LEVELS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
-    "avx512_bf16": (
-        frozenset("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16".split()),
-        (*_AVX512, "-mavx512bf16"),
-    ),
-    "avx512": (
-        frozenset("avx2 fma f16c avx512f avx512bw avx512dq avx512vl".split()),
-        _AVX512,
-    ),
-    "avx2": (frozenset("avx2 fma f16c".split()), _AVX2),
+    "avx512_bf16": (_AVX512_FEATURES | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
+    "avx512": (_AVX512_FEATURES, _AVX512),
+    "avx2": (_AVX2_FEATURES, _AVX2),
     "generic": (frozenset(), ()),
 }
 LEVELS = tuple(_LEVELS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeAlias
 
-Parameter = Union[str, int, bool, float]
+Parameter: TypeAlias = str | int | bool | float
 TARGETS = ("cpu", "cuda")
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,120}")
@@ -81,6 +81,8 @@ class KernelSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:
         """Build a spec from :meth:`as_dict` output that went through JSON."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
         values["parameters"] = tuple((name, value) for name, value in values["parameters"])
         return cls(**values)

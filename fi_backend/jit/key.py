@@ -68,7 +68,7 @@ def _include(path: str, operand: bytes) -> tuple[bool, str]:
 
 
 def closure(sources: list[str], include_dirs: tuple[Path, ...]) -> dict[str, str]:
-    """Return ``{path: sha256}`` of the sources and of all headers they reach inside our directories.
+    """Return ``{path: sha256}`` of the sources and of all headers of ours that they reach.
 
     Conditions are not evaluated: a header in a branch not taken counts too. Headers found nowhere
     in ``include_dirs`` are the system's or tvm-ffi's, which the key covers by version.
@@ -82,8 +82,8 @@ def closure(sources: list[str], include_dirs: tuple[Path, ...]) -> dict[str, str
         source = _read(path)
         found[path] = source.sha256
         for quoted, name in source.includes:
-            directories = [os.path.dirname(path)] if quoted else []
-            for directory in (*directories, *include_dirs):
+            beside = [Path(path).parent] if quoted else []
+            for directory in (*beside, *include_dirs):
                 candidate = os.path.normpath(os.path.join(directory, name))
                 if os.path.isfile(candidate):
                     pending.append(candidate)
@@ -93,7 +93,7 @@ def closure(sources: list[str], include_dirs: tuple[Path, ...]) -> dict[str, str
 
 @lru_cache(maxsize=1)
 def _renderer() -> str:
-    return _read(str(Path(__file__).with_name("render.py"))).sha256
+    return hashlib.sha256(Path(__file__).with_name("render.py").read_bytes()).hexdigest()
 
 
 def source_key(spec: KernelSpec) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +40,8 @@ def template_path(spec: KernelSpec, template: str) -> Path:
 @lru_cache(maxsize=1)
 def tvm_ffi_version() -> str:
     """Return the installed tvm-ffi version without importing it (its import brings torch)."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("apache-tvm-ffi")
     except importlib.metadata.PackageNotFoundError:

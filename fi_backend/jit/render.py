@@ -84,7 +84,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cpp"] = cpp_literal
+
+    def cpp(value: object) -> str:
+        if isinstance(value, jinja2.Undefined):
+            str(value)  # raises the error that names the parameter
+        return cpp_literal(value)
+
+    environment.filters["cpp"] = cpp
     return environment
 
 

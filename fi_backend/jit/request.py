@@ -46,8 +46,12 @@ class Request:
         return f"{self.variant}-{key.digest(*(self.drivers or ()), length=12)}"
 
 
-def resolve(spec: KernelSpec) -> Request:
+def resolve(spec: KernelSpec, *, level: str | None = None) -> Request:
     """Return the request that ``spec`` is on this machine, under the current environment.
+
+    Args:
+        spec: the module.
+        level: CPU instruction set to compile for on behalf of another machine; default: ours.
 
     Raises:
         UnsupportedError: the spec does not support an architecture asked for.
@@ -59,7 +63,7 @@ def resolve(spec: KernelSpec) -> Request:
     if spec.target == "cuda":
         archs = arch.select(arch.resolve(), spec.supported_majors, module=spec.name)
     # The host code of a CUDA module is glue: one portable build serves every CPU.
-    level = isa.resolve() if spec.target == "cpu" else "generic"
+    level = (level or isa.resolve()) if spec.target == "cpu" else "generic"
     return Request(
         spec=spec,
         source_key=key.source_key(spec),

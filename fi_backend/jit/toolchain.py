@@ -49,7 +49,7 @@ def find_nvcc() -> str | None:
     """Return nvcc; None without one. An explicit ``FI_BACKEND_NVCC`` that is missing is None."""
     asked = env.NVCC.get()
     if asked is not None:
-        return shutil.which(asked)
+        return shutil.which(str(asked))
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home] + ["nvcc"]
     site = sysconfig.get_path("platlib")

@@ -16,7 +16,8 @@ pipeline_tag: text-generation
 
 A byte-level language model of {num_parameters:,} parameters ({weights_mb:.2f} MB, bf16) for demos
 and tests of `fi_backend`: small enough for git, trained enough that its text can be read and that
-greedy decoding notices a wrong attention. It is good for nothing else.
+greedy decoding notices a wrong attention. It is good for nothing else: it writes what looks like
+Python, and greedy text soon repeats itself.
 
 - **Architecture**: `LlamaForCausalLM`, {layers} layers, hidden size {hidden}, MLP {mlp},
   {q_heads} query heads and {kv_heads} KV heads of {head_dim}, tied embeddings.
@@ -38,7 +39,7 @@ way from as many windows, evenly spaced. `training.json` holds all figures of th
 
 **Files.** `prompts.json` is a list of 32 prompts that do not occur in the training text.
 
-**Train it again** (needs only PyTorch; a CUDA device takes minutes, a CPU hours):
+**Train it again** (needs only PyTorch; takes minutes on a CUDA device, days on a CPU):
 
 ```
 python scripts/train_tiny_model.py --out models/fi-tiny

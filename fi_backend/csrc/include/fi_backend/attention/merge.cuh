@@ -20,7 +20,8 @@ struct MergeTraits {
   using OutVec = Vec<Out, kVecSize>;
 };
 
-inline constexpr float kEmptyLse = -__builtin_huge_valf();
+// The lse of an empty state: -inf.
+__device__ __forceinline__ float empty_lse() { return __int_as_float(0xff800000); }
 
 // The weighted sum of values seen so far. An empty state's weight is 0 and its values, which may
 // be anything, are not looked at: 0 * NaN would not vanish.
@@ -49,14 +50,14 @@ struct WeightedSum {
 
 // 2^(lse - lse_max), where an lse_max of -inf means that all states are empty.
 __device__ __forceinline__ float state_weight(float lse, float lse_max) {
-  return lse == kEmptyLse ? 0.f : ptx::exp2_approx(lse - lse_max);
+  return lse == empty_lse() ? 0.f : ptx::exp2_approx(lse - lse_max);
 }
 
 // Max that keeps NaN, so that a broken state shows in the result.
 __device__ __forceinline__ float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
 __device__ __forceinline__ float merged_lse(float lse_max, float weight_sum) {
-  return weight_sum == 0.f ? kEmptyLse : lse_max + log2f(weight_sum);
+  return weight_sum == 0.f ? empty_lse() : lse_max + log2f(weight_sum);
 }
 
 // Block and grid: HeadTile over [num_rows, num_heads, head_dim].
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const int64_t row = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
   for (int head = threadIdx.y; row < p.num_rows && head < p.num_heads; head += blockDim.y) {
     const float* lse = p.lse + row * in.lse_row + head * in.lse_head;
-    float lse_max = kEmptyLse;
+    float lse_max = empty_lse();
     for (int state = 0; state < p.num_states; ++state) {
       lse_max = max_or_nan(lse_max, lse[state * p.lse_state_stride]);
     }

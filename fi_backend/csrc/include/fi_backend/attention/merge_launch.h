@@ -6,9 +6,7 @@
 
 namespace fi {
 
-[[gnu::visibility("hidden")]] cudaError_t launch_merge_pair(const MergePairParams& params,
-                                                            cudaStream_t stream);
-[[gnu::visibility("hidden")]] cudaError_t launch_merge_states(const MergeStatesParams& params,
-                                                              cudaStream_t stream);
+cudaError_t launch_merge_pair(const MergePairParams& params, cudaStream_t stream);
+cudaError_t launch_merge_states(const MergeStatesParams& params, cudaStream_t stream);
 
 }  // namespace fi

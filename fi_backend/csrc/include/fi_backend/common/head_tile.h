@@ -14,7 +14,7 @@ struct HeadTile {
 };
 
 // All arguments are at least 1.
-inline HeadTile make_head_tile(int64_t num_rows, int num_heads, int accesses_per_head) {
+FI_HOST_DEVICE HeadTile make_head_tile(int64_t num_rows, int num_heads, int accesses_per_head) {
   const int x = accesses_per_head < 32 ? accesses_per_head : 32;
   // Spread the heads evenly over the passes they need.
   const int heads_that_fit = kHeadTileThreads / x;

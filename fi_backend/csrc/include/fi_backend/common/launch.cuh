@@ -40,14 +40,6 @@ cudaError_t launch(void (*kernel)(Params), const HeadTile& tile, cudaStream_t st
   return launch(kernel, tile.num_blocks, dim3(tile.x, tile.y, tile.z), stream, enable_pdl, params);
 }
 
-// Number of SMs of the current device.
-inline cudaError_t get_num_sms(int* num_sms) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-}
-
 // True if kVecSize elements of T at `base`, and at any sum of `strides` (in elements) from it, can
 // move as one access.
 template <class T, int kVecSize, class... Strides>

@@ -15,24 +15,18 @@ __device__ __forceinline__ float sum_over_lanes(float x, int size) {
   return x;
 }
 
-// Sum over a block that is a whole number of warps, up to kMaxWarps. All threads must call it.
-// Two scratch buffers used in turn need one barrier a call: a thread that is a call ahead writes
-// the other buffer, and it cannot be two calls ahead.
-template <int kMaxWarps>
-struct BlockSum {
-  float (&scratch)[2][kMaxWarps];  // in shared memory
-  int turn = 0;
-
-  __device__ __forceinline__ float operator()(float x, int thread, int num_warps) {
-    x = sum_over_lanes(x, kWarpSize);
-    float* partial = scratch[turn];
-    turn ^= 1;
-    if (thread % kWarpSize == 0) partial[thread / kWarpSize] = x;
-    __syncthreads();
-    float sum = 0.f;
-    for (int warp = 0; warp < num_warps; ++warp) sum += partial[warp];
-    return sum;
-  }
-};
+// Sum over `size` threads: aligned lanes of a warp as above, or a whole block of that many threads,
+// a multiple of the warp up to kMaxThreads. All threads must call it, and once a kernel.
+template <int kMaxThreads>
+__device__ __forceinline__ float sum_over_threads(float x, int size, int thread) {
+  if (size <= kWarpSize) return sum_over_lanes(x, size);
+  __shared__ float partial[kMaxThreads / kWarpSize];
+  x = sum_over_lanes(x, kWarpSize);
+  if (thread % kWarpSize == 0) partial[thread / kWarpSize] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int warp = 0; warp < size / kWarpSize; ++warp) sum += partial[warp];
+  return sum;
+}
 
 }  // namespace fi

@@ -44,26 +44,6 @@ struct RmsNormRow {
   }
 };
 
-// What a thread holds of a row, as loaded.
-template <class Traits, int kVecsPerThread>
-struct RmsNormSlice {
-  typename Traits::InVec input[kVecsPerThread];
-  typename Traits::InVec residual[Traits::kHasResidual ? kVecsPerThread : 1];
-
-  // Accesses of neighbouring threads are neighbours in memory.
-  __device__ __forceinline__ void load(const RmsNormRow<Traits>& row, int hidden_size) {
-#pragma unroll
-    for (int v = 0; v < kVecsPerThread; ++v) {
-      const int i = (v * blockDim.x + threadIdx.x) * Traits::kVecSize;
-      if (i >= hidden_size) break;
-      input[v] = Traits::InVec::load_once(row.input + i);
-      if constexpr (Traits::kHasResidual) {
-        residual[v] = Traits::InVec::load_once(row.residual + i);
-      }
-    }
-  }
-};
-
 // x = input, or input + residual.
 template <class Traits>
 __device__ __forceinline__ void get_x(const typename Traits::InVec& input,
@@ -101,98 +81,90 @@ __device__ __forceinline__ typename Traits::OutVec scale_x(float (&x)[Traits::kV
   return Traits::OutVec::from_floats(x);
 }
 
-// Rows that fit in the registers of one block: read once, the next row in flight while this one is
-// reduced. Block: x = threads of a row (a power of two up to a warp, or whole warps and then y =
-// 1), y = rows. The grid strides over rows; the weight stays in registers.
+// Rows that fit in the registers of one block, so that they are read once. Block: x = threads of a
+// row (a power of two up to a warp, or whole warps and then y = 1), y = rows; grid: all rows.
 template <class Traits, int kVecsPerThread>
 __global__ void __launch_bounds__(kRmsNormMaxThreads)
     rmsnorm_kernel(const __grid_constant__ RmsNormParams p) {
+  using In = typename Traits::In;
+  using InVec = typename Traits::InVec;
   constexpr int kVecSize = Traits::kVecSize;
-  __shared__ float scratch[2][kRmsNormMaxThreads / kWarpSize];
-  BlockSum<kRmsNormMaxThreads / kWarpSize> block_sum{scratch};
   ptx::grid_dependency_wait();
 
-  const int64_t num_rows = p.num_outer * p.num_inner;
-  const int64_t row_step = int64_t(gridDim.x) * blockDim.y;
-  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
-  int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  // Threads without a row go on: the reduction needs all of them.
+  const int64_t row_idx = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool has_row = row_idx < p.num_outer * p.num_inner;
+  const RmsNormRow<Traits> row(p, has_row ? row_idx : 0);
+  // Accesses of neighbouring threads are neighbours in memory.
+  const auto element = [](int v) { return int(v * blockDim.x + threadIdx.x) * kVecSize; };
+  const auto is_mine = [&](int v) { return has_row && element(v) < p.hidden_size; };
 
-  RmsNormSlice<Traits, kVecsPerThread> next;
-  if (row < num_rows) next.load(RmsNormRow<Traits>(p, row), p.hidden_size);
-  typename Traits::InVec weight[kVecsPerThread];
+  // Start every load before the first use.
+  InVec input[kVecsPerThread], residual[kVecsPerThread], weight[kVecsPerThread];
 #pragma unroll
   for (int v = 0; v < kVecsPerThread; ++v) {
-    const int i = (v * blockDim.x + threadIdx.x) * kVecSize;
-    if (i < p.hidden_size) {
-      weight[v] = Traits::InVec::load(static_cast<const typename Traits::In*>(p.weight) + i);
-    }
+    if (!is_mine(v)) break;
+    input[v] = InVec::load_once(row.input + element(v));
+    if constexpr (Traits::kHasResidual) residual[v] = InVec::load_once(row.residual + element(v));
+  }
+#pragma unroll
+  for (int v = 0; v < kVecsPerThread; ++v) {
+    if (is_mine(v)) weight[v] = InVec::load(static_cast<const In*>(p.weight) + element(v));
   }
 
-  // All rows of a block take part in every turn: its barriers and shuffles need every thread.
-  for (int64_t first_row = row - threadIdx.y; first_row < num_rows;
-       first_row += row_step, row += row_step) {
-    const RmsNormSlice<Traits, kVecsPerThread> slice = next;
-    if (row + row_step < num_rows) next.load(RmsNormRow<Traits>(p, row + row_step), p.hidden_size);
+  float x[kVecsPerThread][kVecSize];
+  float sum = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVecsPerThread; ++v) {
+    if (!is_mine(v)) break;
+    get_x<Traits>(input[v], residual[v], x[v]);
+    if constexpr (Traits::kHasResidual) InVec::from_floats(x[v]).store(row.residual + element(v));
+    sum = add_squares(sum, x[v]);
+  }
+  sum = sum_over_threads<kRmsNormMaxThreads>(sum, blockDim.x, threadIdx.x);
 
-    const bool is_row = row < num_rows;
-    const RmsNormRow<Traits> out(p, is_row ? row : 0);
-    float x[kVecsPerThread][kVecSize];
-    float sum = 0.f;
+  const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
+  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
 #pragma unroll
-    for (int v = 0; v < kVecsPerThread; ++v) {
-      const int i = (v * blockDim.x + threadIdx.x) * kVecSize;
-      if (!is_row || i >= p.hidden_size) break;
-      get_x<Traits>(slice.input[v], slice.residual[Traits::kHasResidual ? v : 0], x[v]);
-      if constexpr (Traits::kHasResidual) Traits::InVec::from_floats(x[v]).store(out.residual + i);
-      sum = add_squares(sum, x[v]);
-    }
-    sum = blockDim.x <= kWarpSize ? sum_over_lanes(sum, blockDim.x)
-                                  : block_sum(sum, threadIdx.x, blockDim.x / kWarpSize);
-    const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
-#pragma unroll
-    for (int v = 0; v < kVecsPerThread; ++v) {
-      const int i = (v * blockDim.x + threadIdx.x) * kVecSize;
-      if (!is_row || i >= p.hidden_size) break;
-      scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, quant_scale).store(out.out + i);
-    }
+  for (int v = 0; v < kVecsPerThread; ++v) {
+    if (!is_mine(v)) break;
+    scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, quant_scale)
+        .store(row.out + element(v));
   }
   ptx::grid_dependency_launch();
 }
 
 // Rows of any length and alignment: a block reads its row twice, the second time from cache.
-// Block: x = whole warps.
+// Block: x = whole warps; grid: all rows.
 template <class Traits>
 __global__ void __launch_bounds__(kRmsNormMaxThreads)
     rmsnorm_long_kernel(const __grid_constant__ RmsNormParams p) {
-  constexpr int kVecSize = Traits::kVecSize;
+  using In = typename Traits::In;
   using InVec = typename Traits::InVec;
-  __shared__ float scratch[2][kRmsNormMaxThreads / kWarpSize];
-  BlockSum<kRmsNormMaxThreads / kWarpSize> block_sum{scratch};
+  constexpr int kVecSize = Traits::kVecSize;
   ptx::grid_dependency_wait();
 
-  const auto* weight = static_cast<const typename Traits::In*>(p.weight);
+  const RmsNormRow<Traits> row(p, blockIdx.x);
+  const auto load_x = [&](int i, float(&x)[kVecSize]) {
+    InVec residual = {};
+    if constexpr (Traits::kHasResidual) residual = InVec::load(row.residual + i);
+    get_x<Traits>(InVec::load(row.input + i), residual, x);
+  };
+  float x[kVecSize];
+  float sum = 0.f;
+  for (int i = threadIdx.x * kVecSize; i < p.hidden_size; i += blockDim.x * kVecSize) {
+    load_x(i, x);
+    sum = add_squares(sum, x);
+  }
+  sum = sum_over_threads<kRmsNormMaxThreads>(sum, blockDim.x, threadIdx.x);
+
+  const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
   const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
-  for (int64_t r = blockIdx.x; r < p.num_outer * p.num_inner; r += gridDim.x) {
-    const RmsNormRow<Traits> row(p, r);
-    const auto load_x = [&](int i, float(&x)[kVecSize]) {
-      InVec residual = {};
-      if constexpr (Traits::kHasResidual) residual = InVec::load(row.residual + i);
-      get_x<Traits>(InVec::load(row.input + i), residual, x);
-    };
-    float x[kVecSize];
-    float sum = 0.f;
-    for (int i = threadIdx.x * kVecSize; i < p.hidden_size; i += blockDim.x * kVecSize) {
-      load_x(i, x);
-      sum = add_squares(sum, x);
-    }
-    sum = block_sum(sum, threadIdx.x, blockDim.x / kWarpSize);
-    const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
-    for (int i = threadIdx.x * kVecSize; i < p.hidden_size; i += blockDim.x * kVecSize) {
-      load_x(i, x);
-      if constexpr (Traits::kHasResidual) InVec::from_floats(x).store(row.residual + i);
-      scale_x<Traits>(x, InVec::load(weight + i), rsqrt_mean, p.weight_bias, quant_scale)
-          .store(row.out + i);
-    }
+  for (int i = threadIdx.x * kVecSize; i < p.hidden_size; i += blockDim.x * kVecSize) {
+    load_x(i, x);
+    const InVec weight = InVec::load(static_cast<const In*>(p.weight) + i);
+    if constexpr (Traits::kHasResidual) InVec::from_floats(x).store(row.residual + i);
+    scale_x<Traits>(x, weight, rsqrt_mean, p.weight_bias, quant_scale).store(row.out + i);
   }
   ptx::grid_dependency_launch();
 }

@@ -8,10 +8,6 @@
 
 namespace fi {
 
-// Resident threads per SM that the grid aims at. The grid strides over rows, so another number is
-// only slower.
-inline constexpr int kRmsNormThreadsPerSm = 1024;
-
 // Address rows of several inner positions as one dimension where the strides allow it, which spares
 // a division per row.
 inline void collapse_rows(RmsNormParams& p) {
@@ -28,43 +24,39 @@ inline void collapse_rows(RmsNormParams& p) {
   p.num_inner = 1;
 }
 
-// Blocks for all rows, at most what the device holds at once, each with equally many turns.
-inline cudaError_t get_num_blocks(int64_t num_rows, dim3 block, int64_t* num_blocks) {
-  int num_sms = 0;
-  const cudaError_t error = get_num_sms(&num_sms);
-  if (error != cudaSuccess) return error;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t blocks_wanted = ceil_div(num_rows, block.y);
-  const int64_t max_blocks = num_sms * ceil_div(kRmsNormThreadsPerSm, block.x * block.y);
-  *num_blocks = ceil_div(blocks_wanted, ceil_div(blocks_wanted, max_blocks));
-  return cudaSuccess;
+// The block that gives a row of `num_vecs` accesses to threads of `vecs_per_thread` each.
+inline dim3 make_row_block(int num_vecs, int vecs_per_thread) {
+  constexpr unsigned kMinThreads = 128;
+  const unsigned threads = (num_vecs + vecs_per_thread - 1) / vecs_per_thread;
+  if (threads > kWarpSize) return dim3((threads + kWarpSize - 1) / kWarpSize * kWarpSize);
+  unsigned lanes = 1;
+  while (lanes < threads) lanes *= 2;
+  return dim3(lanes, kMinThreads / lanes);
 }
 
 template <class Traits>
 cudaError_t launch_rmsnorm_kernel(const RmsNormParams& p, cudaStream_t stream) {
-  const int num_vecs = p.hidden_size / Traits::kVecSize;
-  const auto fit_block = [&](int vecs_per_thread) {
-    const int threads = (num_vecs + vecs_per_thread - 1) / vecs_per_thread;
-    unsigned x = 1;
-    while (x < kWarpSize && int(x) < threads) x *= 2;
-    if (threads > kWarpSize) x = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
-    return x <= kWarpSize ? dim3(x, 4 * kWarpSize / x) : dim3(x);
-  };
   const auto launch_with = [&](void (*kernel)(RmsNormParams), dim3 block) {
-    int64_t num_blocks = 0;
-    const cudaError_t error = get_num_blocks(p.num_outer * p.num_inner, block, &num_blocks);
-    if (error != cudaSuccess) return error;
+    const int64_t num_blocks = (p.num_outer * p.num_inner + block.y - 1) / block.y;
     return launch(kernel, num_blocks, block, stream, p.enable_pdl, p);
   };
-  // Few accesses a row: fewer a thread, so that a row still has a warp.
+  const int num_vecs = p.hidden_size / Traits::kVecSize;
+  // A thread takes several accesses where the row still has a warp then.
   if constexpr (Traits::kVecSize > 1) {
-    if (num_vecs <= kWarpSize) return launch_with(rmsnorm_kernel<Traits, 1>, fit_block(1));
-    if (num_vecs <= 2 * kWarpSize) return launch_with(rmsnorm_kernel<Traits, 2>, fit_block(2));
+    if (num_vecs <= kWarpSize) {
+      return launch_with(rmsnorm_kernel<Traits, 1>, make_row_block(num_vecs, 1));
+    }
+    if (num_vecs <= 2 * kWarpSize) {
+      return launch_with(rmsnorm_kernel<Traits, 2>, make_row_block(num_vecs, 2));
+    }
     if (num_vecs <= 4 * kRmsNormMaxThreads) {
-      return launch_with(rmsnorm_kernel<Traits, 4>, fit_block(4));
+      return launch_with(rmsnorm_kernel<Traits, 4>, make_row_block(num_vecs, 4));
     }
   }
-  return launch_with(rmsnorm_long_kernel<Traits>, dim3(kRmsNormMaxThreads));
+  const int warps = (num_vecs + kWarpSize - 1) / kWarpSize;
+  constexpr int kMaxWarps = kRmsNormMaxThreads / kWarpSize;
+  return launch_with(rmsnorm_long_kernel<Traits>,
+                     dim3((warps < kMaxWarps ? warps : kMaxWarps) * kWarpSize));
 }
 
 template <class In, class Out, bool kHasResidual>

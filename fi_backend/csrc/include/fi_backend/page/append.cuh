@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
 
   for (int head = threadIdx.y; head < p.num_kv_heads; head += blockDim.y) {
-    const float k_scale = p.k_scale ? p.k_scale[head * p.scale_head_stride] : p.k_scale_value;
-    const float v_scale = p.v_scale ? p.v_scale[head * p.scale_head_stride] : p.v_scale_value;
+    const float k_scale = p.k_scale ? p.k_scale[head * p.k_scale_head_stride] : p.k_scale_value;
+    const float v_scale = p.v_scale ? p.v_scale[head * p.v_scale_head_stride] : p.v_scale_value;
     for (int i = threadIdx.x * Traits::kVecSize; i < widest; i += blockDim.x * Traits::kVecSize) {
       // Read both rows before the slot is needed: its look-up and these loads overlap.
       InVec k, v;

@@ -6,7 +6,6 @@
 
 namespace fi {
 
-[[gnu::visibility("hidden")]] cudaError_t launch_append(const AppendParams& params,
-                                                        cudaStream_t stream);
+cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
 }  // namespace fi

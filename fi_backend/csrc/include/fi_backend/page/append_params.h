@@ -49,7 +49,8 @@ struct AppendParams {
   int32_t head_dim_vo;
   float k_scale_value;  // an fp8 cache stores saturate(x / scale); 16- and 32-bit caches ignore it
   float v_scale_value;
-  int32_t scale_head_stride;  // of k_scale and v_scale: 0 = one scale, 1 = one per head
+  int32_t k_scale_head_stride;  // of k_scale: 0 = one scale for all heads, 1 = one per head
+  int32_t v_scale_head_stride;
   bool slot_mapping_is_int64;
   bool enable_pdl;  // CUDA: launch as a programmatic dependent of the kernel before
 };

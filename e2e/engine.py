@@ -1,0 +1,159 @@
+"""Child process of the engine tests: run tasks in a real vLLM, one engine after another.
+
+    python -m e2e.engine JOB.json RESULT.json
+
+The parent (harness.py) writes the job and reads the result. vLLM finds our plugin by itself, through
+its entry points: nothing here imports it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+EXTENSION = "fi_backend.integrations.vllm.worker_extension.WorkerExtension"
+
+
+@contextmanager
+def zeroed_attention(active: bool) -> Iterator[None]:
+    """Break our attention on purpose, to see that the comparison notices."""
+    if not active:
+        yield
+        return
+    from fi_backend.integrations.vllm.impl import FIAttentionImpl
+
+    def zeros(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = kwargs["output"] if "output" in kwargs else args[6]
+        return output.zero_()
+
+    original = FIAttentionImpl.forward
+    FIAttentionImpl.forward = zeros  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        FIAttentionImpl.forward = original  # type: ignore[method-assign]
+
+
+class StepLog:
+    """Wraps an engine's scheduler and runner to see which steps it made of the requests."""
+
+    def __init__(self, engine: Any) -> None:
+        core = engine.llm_engine.engine_core.engine_core
+        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.steps = self.mixed = self.preemptions = self.largest = 0
+        execute, preempt = self.runner.execute_model, core.scheduler._preempt_request
+
+        def count_step(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens = list(scheduled.num_scheduled_tokens.values())
+            if tokens:
+                self.steps += 1
+                self.largest = max(self.largest, sum(tokens))
+                self.mixed += min(tokens) == 1 and max(tokens) > 1
+            return execute(scheduled, *args, **kwargs)
+
+        def count_preemption(*args: Any, **kwargs: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.runner.execute_model = count_step
+        core.scheduler._preempt_request = count_preemption
+
+    def attention_layers(self) -> list[str]:
+        """Class names of the attention implementation of each layer."""
+        layers = self.runner.compilation_config.static_forward_context.values()
+        return [type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")]
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "steps": self.steps,
+            "mixed_steps": self.mixed,
+            "largest_step": self.largest,
+            "preemptions": self.preemptions,
+        }
+
+
+def run_batch(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0.0,
+        max_tokens=batch["max_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=batch.get("prompt_logprobs"),
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    start = time.perf_counter()
+    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached_tokens": [output.num_cached_tokens or 0 for output in outputs],
+        "scores": [scores(output) for output in outputs] if "prompt_logprobs" in batch else None,
+    }
+
+
+def scores(output: Any) -> list[list[tuple[int, float]]]:
+    """For each prompt token after the first: (token, logit) of the best candidates, best first."""
+    return [
+        sorted(((token, entry.logprob) for token, entry in position.items()), key=lambda x: -x[1])
+        for position in output.prompt_logprobs[1:]
+    ]
+
+
+def run_task(task: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+
+    start = time.perf_counter()
+    engine = LLM(
+        model=task["model"],
+        dtype=task["dtype"],
+        attention_backend=task["backend"],
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        enforce_eager=True,
+        logprobs_mode="raw_logits",
+        worker_extension_cls=EXTENSION,
+        **{"max_model_len": 1024, "max_num_seqs": 32, **task["engine"]},
+    )
+    ready = time.perf_counter() - start
+    log = StepLog(engine)
+    before = engine.collective_rpc("fi_backend_counters")[0]
+    with zeroed_attention(task["zero_attention"]):
+        batches = [run_batch(engine, batch) for batch in task["batches"]]
+    after = engine.collective_rpc("fi_backend_counters")[0]
+    result = {
+        "ready_seconds": ready,
+        "batches": batches,
+        "layers": log.attention_layers(),
+        "counters": {name: after[name] - before[name] for name in after},
+        **log.counts(),
+    }
+    del engine, log
+    release()
+    return result
+
+
+def release() -> None:
+    """Let go of an engine, so that the next one can start in this process."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results = {task["name"]: run_task(task) for task in job}
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

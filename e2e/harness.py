@@ -1,0 +1,115 @@
+"""Parent side of the engine tests: describe tasks, run them in a child process, read results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Batch", "Result", "Task", "assert_same_tokens", "first_differences", "run_engines"]
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 540
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on a busy machine cost a factor of ten
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles single activations even in eager mode: 10 s each
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are handed to the engine together."""
+
+    prompts: list[list[int]]
+    max_tokens: int
+    prompt_logprobs: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One engine: a model, a backend, and the batches it gets. `backend` None asks for nothing."""
+
+    name: str
+    model: Path
+    backend: str | None
+    batches: list[Batch]
+    dtype: str = "float32"
+    engine: dict[str, Any] = field(default_factory=dict)
+    zero_attention: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("name", "backend", "dtype", "engine")},
+            "model": str(self.model),
+            "zero_attention": self.zero_attention,
+            "batches": [batch.describe() for batch in self.batches],
+        }
+
+
+Result = dict[str, Any]
+
+
+def run_engines(
+    tasks: Sequence[Task],
+    directory: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "e2e.engine"),
+) -> dict[str, Result]:
+    """Run each task in an engine of its own, all in one child process; results by task name.
+
+    Raises:
+        RuntimeError: the child failed; the message ends with its output's tail.
+    """
+    job, result, log = (directory / name for name in ("job.json", "result.json", "log.txt"))
+    directory.mkdir(parents=True, exist_ok=True)
+    job.write_text(json.dumps([task.describe() for task in tasks]))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path, **ENVIRONMENT, **(environment or {})}
+    with log.open("w") as output:
+        child = subprocess.run(
+            [sys.executable, *program, str(job), str(result)],
+            env=variables,
+            cwd=directory,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    if child.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+        raise RuntimeError(f"engine process ended with {child.returncode}:\n{tail}")
+    return json.loads(result.read_text())
+
+
+def first_differences(want: list[list[int]], got: list[list[int]]) -> dict[int, int]:
+    """Return {prompt: position} of the first token that differs, for prompts that differ."""
+    return {
+        index: next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), -1)
+        for index, (a, b) in enumerate(zip(want, got, strict=True))
+        if a != b
+    }
+
+
+def assert_same_tokens(want: list[list[int]], got: list[list[int]]) -> None:
+    """Fail unless every prompt has the same tokens."""
+    differences = first_differences(want, got)
+    assert not differences, (
+        f"{len(differences)} of {len(want)} prompts differ; first at {{prompt: position}} "
+        f"{dict(list(differences.items())[:8])}"
+    )

@@ -1,0 +1,111 @@
+"""Merging attention states: what merge_state and its siblings check before the kernel runs."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend.checks import check_cpu, check_tensor
+from fi_backend.kernels import merge as merge_kernels
+
+__all__ = ["merge_state", "merge_state_in_place", "merge_states"]
+
+_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_pair(
+    operation: str, v: torch.Tensor, s: torch.Tensor, names: tuple[str, str], rank: int
+) -> None:
+    check_tensor(names[0], v, shape=(None,) * rank, dtype=_STATE_DTYPES, last_dim_contiguous=True)
+    check_cpu(operation, v.device)
+    check_tensor(
+        names[1],
+        s,
+        shape=tuple(v.shape[:-1]),
+        dtype=torch.float32,
+        device=v.device,
+        last_dim_contiguous=True,
+    )
+
+
+def _check_same(name: str, other: torch.Tensor, to: str, v: torch.Tensor) -> None:
+    if other.shape != v.shape or other.dtype != v.dtype or other.device != v.device:
+        raise ValueError(
+            f"{name} must be like {to}, {v.dtype} {list(v.shape)} on {v.device}; "
+            f"got {other.dtype} {list(other.shape)} on {other.device}"
+        )
+
+
+def merge_state(
+    v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attention states into one, as if one attention had seen the keys of both.
+
+    Args:
+        v_a, v_b: [num_rows, num_heads, head_dim]; float32, bfloat16 or float16.
+        s_a, s_b: float32 [num_rows, num_heads], base 2.
+
+    Returns:
+        (v, s) of the same shapes; exactly (0, -inf) where both are empty.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+    """
+    _check_pair("merge_state", v_a, s_a, ("v_a", "s_a"), 3)
+    _check_pair("merge_state", v_b, s_b, ("v_b", "s_b"), 3)
+    _check_same("v_b", v_b, "v_a", v_a)
+    v = torch.empty(v_a.shape, dtype=v_a.dtype, device=v_a.device)
+    s = torch.empty(s_a.shape, dtype=torch.float32, device=v_a.device)
+    merge_kernels.merge_pair(v_a=v_a, lse_a=s_a, v_b=v_b, lse_b=s_b, v_out=v, lse_out=s)
+    return v, s
+
+
+def merge_state_in_place(
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_other: torch.Tensor,
+    s_other: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Merge another attention state into (v, s), in place.
+
+    Args:
+        v, v_other: [num_rows, num_heads, head_dim]; float32, bfloat16 or float16.
+        s, s_other: float32 [num_rows, num_heads], base 2.
+        mask: bool [num_rows], rows to merge; the others are left alone. All if None.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+    """
+    _check_pair("merge_state_in_place", v, s, ("v", "s"), 3)
+    _check_pair("merge_state_in_place", v_other, s_other, ("v_other", "s_other"), 3)
+    _check_same("v_other", v_other, "v", v)
+    if mask is not None:
+        check_tensor(
+            "mask", mask, shape=(v.shape[0],), dtype=(torch.bool, torch.uint8), device=v.device
+        )
+        mask = mask.to(torch.bool)
+    merge_kernels.merge_pair(
+        v_a=v, lse_a=s, v_b=v_other, lse_b=s_other, v_out=v, lse_out=s, mask=mask
+    )
+
+
+def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the attention states of each row into one, in index order.
+
+    Args:
+        v: [num_rows, num_states, num_heads, head_dim]; float32, bfloat16 or float16.
+        s: float32 [num_rows, num_states, num_heads], base 2.
+
+    Returns:
+        (v [num_rows, num_heads, head_dim], s [num_rows, num_heads]); (0, -inf) where all states
+        are empty or there is none.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+    """
+    _check_pair("merge_states", v, s, ("v", "s"), 4)
+    rows, _, heads, head_dim = v.shape
+    v_out = torch.empty((rows, heads, head_dim), dtype=v.dtype, device=v.device)
+    s_out = torch.empty((rows, heads), dtype=torch.float32, device=v.device)
+    merge_kernels.merge_states(v_out=v_out, lse_out=s_out, v=v, lse=s)
+    return v_out, s_out

@@ -1,0 +1,102 @@
+"""Attention of one request whose keys lie in one piece: plan and run in one call."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from fi_backend._arguments import (
+    alibi_slopes,
+    check_layout,
+    combine_scales,
+    layer_spec,
+    ragged_cache,
+)
+from fi_backend._page_table import resolve_mask
+from fi_backend.attention import PagedAttention
+from fi_backend.batch import PagedBatch
+from fi_backend.checks import check_cpu, check_tensor
+from fi_backend.planning import plan
+from fi_backend.workspace import Workspace
+
+__all__ = ["single_attention"]
+
+# Calls of several threads may overlap, so each has scratch memory of its own.
+_local = threading.local()
+
+
+def single_attention(
+    operation: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_layout: str,
+    causal: bool,
+    pos_encoding_mode: str,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float | None,
+    rope_scale: float | None,
+    rope_theta: float | None,
+    q_scale: float | None,
+    k_scale: float | None,
+    v_scale: float | None,
+    return_lse: bool,
+    o_dtype: torch.dtype | None = None,
+    custom_mask: torch.Tensor | None = None,
+    packed_custom_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend from q [qo_len, num_qo_heads, head_dim] to the keys of one request."""
+    check_tensor("q", q, shape=(None, None, None))
+    check_cpu(operation, q.device)
+    check_layout("kv_layout", kv_layout)
+    keys = ragged_cache("k", k, kv_layout)
+    values = ragged_cache("v", v, kv_layout)
+    kv_len, num_kv_heads = keys.shape[0], keys.shape[2]
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            f"v must have as many tokens and heads as k; got {list(v.shape)} and {list(k.shape)}"
+        )
+    if v.dtype != k.dtype:
+        raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
+    spec = layer_spec(
+        num_qo_heads=q.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_dim_qk=q.shape[2],
+        head_dim_vo=values.shape[3],
+        page_size=1,
+        q_dtype=q.dtype,
+        kv_dtype=k.dtype,
+        o_dtype=q.dtype if o_dtype is None else o_dtype,
+        causal=causal,
+        pos_encoding_mode=pos_encoding_mode,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        sm_scale=sm_scale,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        custom_mask=custom_mask is not None or packed_custom_mask is not None,
+    )
+    layer = PagedAttention(spec)
+    batch = PagedBatch.ragged(
+        torch.tensor([0, q.shape[0]], dtype=torch.int32),
+        torch.tensor([0, kv_len], dtype=torch.int32),
+    )
+    mask, mask_indptr = resolve_mask(
+        custom_mask, packed_custom_mask, batch.qo_indptr[1:], batch.kv_lens
+    )
+    if not hasattr(_local, "workspace"):
+        _local.workspace = Workspace("cpu")
+    return layer.run(
+        plan(spec, batch, _local.workspace),
+        q,
+        (keys, values),
+        return_lse=return_lse,
+        alibi_slopes=alibi_slopes(spec.num_qo_heads) if spec.alibi else None,
+        custom_mask=mask,
+        mask_indptr=mask_indptr,
+        k_scale=combine_scales((("q_scale", q_scale), ("k_scale", k_scale)), num_kv_heads),
+        v_scale=combine_scales((("v_scale", v_scale),), num_kv_heads),
+    )

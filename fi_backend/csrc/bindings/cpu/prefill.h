@@ -1,0 +1,18 @@
+// Binding of the many-row attention kernel.
+#pragma once
+
+#include <bindings/cpu/attention.h>
+
+namespace fi::bindings {
+
+template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_>
+struct PrefillTraits {
+  using Q = Q_;
+  using Kv = Kv_;
+  using Out = Out_;
+  static constexpr int kHeadDimQk = kHeadDimQk_;
+  static constexpr int kHeadDimVo = kHeadDimVo_;
+  static constexpr int kLine = kManyRows;
+};
+
+}  // namespace fi::bindings

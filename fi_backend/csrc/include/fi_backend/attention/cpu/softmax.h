@@ -1,0 +1,144 @@
+// Online softmax over tiles of keys, for a block of query rows that lie in the lanes of vectors.
+#pragma once
+
+#include <fi_backend/attention/cpu/compute.h>
+
+namespace fi::cpu {
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+// From q . k to a base-2 logit; fixed for a kv head.
+struct LogitTransform {
+  float scale;     // sm_scale * k_scale
+  float soft_cap;  // 0 = off
+  bool has_alibi;
+  const uint8_t* mask;  // bits [qo_len, kv_len] of the request; nullptr = no custom mask
+  int32_t kv_len;
+
+  // Where only a positive factor is applied, it can wait until after the maximum is taken.
+  bool is_scale_only() const { return soft_cap == 0 && !has_alibi && mask == nullptr && scale > 0; }
+};
+
+// A block of query rows: `width` rows side by side, either a multiple of kLanes, or a divisor of
+// it, in which case a vector holds several keys and every array below repeats the rows.
+// Arrays have num_lanes() entries; lane i is row i % width, and key offset i / width.
+struct RowBlock {
+  int num_rows;  // rows that exist; the others compute on zeros
+  int width;
+  float* max;          // running maximum, base 2; -inf before the first key
+  float* sum;          // running sum of weights, per lane
+  float* alpha;        // factor for older sums when the maximum grows
+  int32_t* first;      // first key the row sees, less the lane's key offset
+  int32_t* last;       // last key the row sees, less the lane's key offset
+  int32_t* query;      // query token within the request, less the lane's key offset
+  float* slope;        // ALiBi slope * log2(e)
+  int32_t some_begin;  // keys that some row sees
+  int32_t some_end;
+  int32_t all_begin;  // keys that every row sees
+  int32_t all_end;
+
+  int num_lanes() const { return width < kLanes ? kLanes : width; }
+  int keys_per_vector() const { return width < kLanes ? kLanes / width : 1; }
+};
+
+inline VecI load_ints(const int32_t* p) { return load_bytes<VecI>(p); }
+
+// Turn products into logits and put -inf where a row does not see a key.
+inline void transform_logits(const RowBlock& block, const LogitTransform& x, float* s,
+                             int num_vectors, int32_t first_key, int32_t end_key) {
+  const int lanes = block.num_lanes();
+  const int step = block.keys_per_vector();
+  for (int c = 0; c < lanes; c += kLanes) {
+    const VecI first = load_ints(block.first + c);
+    const VecI last = load_ints(block.last + c);
+    const VecI query = load_ints(block.query + c);
+    const VecF slope = load(block.slope + c);
+    VecI offset;  // of the lane's key; keys past the tile's end are masked like any other
+    for (int i = 0; i < kLanes; ++i) offset[i] = (c + i) / block.width;
+    for (int u = 0; u < num_vectors; ++u) {
+      const int32_t key = first_key + u * step;
+      float* p = s + u * lanes + c;
+      VecF v = load(p) * x.scale;
+      if (x.soft_cap != 0) v = x.soft_cap * tanh(v / x.soft_cap);
+      v = v * kLog2e;
+      if (x.has_alibi) v = fma(__builtin_convertvector(key - query, VecF), slope, v);
+      const VecI visible = (key >= first) & (key <= last) & (key + offset < end_key);
+      store(p, select(visible, v, broadcast(-INFINITY)));
+    }
+  }
+}
+
+inline void apply_custom_mask(const RowBlock& block, const LogitTransform& x, float* s,
+                              int num_vectors, int32_t first_key, int32_t end_key) {
+  const int lanes = block.num_lanes();
+  for (int u = 0; u < num_vectors; ++u) {
+    for (int i = 0; i < lanes; ++i) {
+      const int32_t key_offset = i / block.width;
+      const int32_t key = first_key + u * block.keys_per_vector() + key_offset;
+      if (key >= end_key || i % block.width >= block.num_rows) continue;
+      const int64_t bit = int64_t{block.query[i] + key_offset} * x.kv_len + key;
+      if ((x.mask[bit >> 3] >> (bit & 7) & 1) == 0) s[u * lanes + i] = -INFINITY;
+    }
+  }
+}
+
+// Make every lane of a row hold the row's maximum.
+inline VecF spread_max(VecF v, int width) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = width; i < kLanes; ++i) {
+    lanes[i % width] = lanes[i] > lanes[i % width] ? lanes[i] : lanes[i % width];
+  }
+  for (int i = width; i < kLanes; ++i) lanes[i] = lanes[i % width];
+  return load(lanes);
+}
+
+// Turn the products of one tile of keys into weights, in place, and update the rows' state.
+// Weights come out as words of C: [steps, width], where step i of float is key i, and the two keys
+// of a word of bf16 are those of two consecutive vectors. Returns the number of steps.
+template <class C>
+int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int num_keys,
+                 int32_t first_key) {
+  const int lanes = block.num_lanes();
+  const int step = block.keys_per_vector();
+  const int num_vectors = (num_keys + step - 1) / step;
+  const int32_t end_key = first_key + num_keys;
+  float scale = x.scale * kLog2e;
+  if (!x.is_scale_only() || first_key < block.all_begin || end_key > block.all_end ||
+      num_vectors * step != num_keys) {
+    transform_logits(block, x, s, num_vectors, first_key, end_key);
+    if (x.mask != nullptr) apply_custom_mask(block, x, s, num_vectors, first_key, end_key);
+    scale = 1.0f;
+  }
+  for (int c = 0; c < lanes; c += kLanes) {
+    float* column = s + c;
+    VecF highest = load(column);
+    for (int u = 1; u < num_vectors; ++u) highest = max(highest, load(column + u * lanes));
+    if (step > 1) highest = spread_max(highest, block.width);
+    const VecF old_max = load(block.max + c);
+    const VecF new_max = max(old_max, highest * scale);
+    // A row that has seen no key yet keeps -inf; subtracting 0 instead makes its weights 0.
+    const VecF base = select(new_max == -INFINITY, VecF{}, new_max);
+    const VecF alpha = exp2(old_max - base);
+    VecF sum = load(block.sum + c) * alpha;
+    for (int u = 0; u < num_vectors; ++u) {
+      const VecF weight = exp2(load(column + u * lanes) * scale - base);
+      sum += weight;
+      if constexpr (std::is_same_v<C, float>) {
+        store(column + u * lanes, weight);
+      } else {
+        VecF next{};
+        if (u + 1 < num_vectors) next = exp2(load(column + (u + 1) * lanes) * scale - base);
+        sum += next;
+        store(column + u / 2 * lanes, pair_words(weight, next));
+        ++u;
+      }
+    }
+    store(block.max + c, new_max);
+    store(block.sum + c, sum);
+    store(block.alpha + c, alpha);
+  }
+  return std::is_same_v<C, float> ? num_vectors * step : (num_vectors + 1) / 2 * step;
+}
+
+}  // namespace fi::cpu

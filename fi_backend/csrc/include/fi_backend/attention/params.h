@@ -1,0 +1,50 @@
+// Arguments of the attention kernels, shared by every target and both kernels of a step.
+//
+// out[i] = softmax(logits[i]) @ V, lse[i] = log2(sum(2^logits[i])), with logits in base 2:
+//   x = q . k * sm_scale * k_scale;  x = soft_cap * tanh(x / soft_cap), if soft_cap > 0;
+//   x += alibi_slope * (kv_idx - qo_idx);  logit = x * log2(e), or -inf where masked.
+// A sink is one more logit without a value: it joins the denominator, hence also lse. A row that
+// sees no key gives exactly (0, -inf).
+#pragma once
+
+#include <fi_backend/common/macros.h>
+#include <fi_backend/layout/paged_kv.h>
+
+namespace fi {
+
+struct AttentionParams {
+  const void* q;             // [num_rows, num_qo_heads, head_dim_qk]
+  const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim_qk]
+  const void* v_cache;       // [num_pages, page_size, num_kv_heads, head_dim_vo]
+  void* out;                 // [num_rows, num_qo_heads, head_dim_vo]; rows of no request stay as is
+  float* lse;                // [num_rows, num_qo_heads], base 2; nullptr if unwanted
+  const int32_t* plan;       // see PlanView
+  float* partials;           // workspace, see attention/workspace.h
+  const int32_t* qo_indptr;  // [num_reqs + 1], as planned
+  const int32_t* kv_lens;    // [num_reqs], as planned
+  const float* alibi_slopes;   // [num_qo_heads]; nullptr = none
+  const float* sinks;          // [num_qo_heads], natural-log logits; nullptr = none
+  const uint8_t* custom_mask;  // little-endian bits [qo_len, kv_len] per request; nullptr = none
+  const int32_t* mask_indptr;  // [num_reqs + 1], byte offsets in custom_mask
+  const float* k_scale;        // [num_kv_heads]; nullptr = k_scale_value for all
+  const float* v_scale;        // [num_kv_heads]; nullptr = v_scale_value for all
+  PageTable pages;
+  KvStrides k_strides;  // in elements, as all strides here
+  KvStrides v_strides;
+  int64_t q_row_stride;
+  int64_t q_head_stride;
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  int64_t lse_row_stride;
+  int64_t lse_head_stride;
+  int32_t num_qo_heads;
+  int32_t num_kv_heads;
+  float sm_scale;
+  float k_scale_value;
+  float v_scale_value;  // multiplies out, not lse
+  float soft_cap;       // 0 = off
+  float rope_scale;     // positions are divided by it
+  float rope_theta;     // 0 = off; else q and K are rotated in the kernel, half-rotation layout
+};
+
+}  // namespace fi

@@ -1,0 +1,78 @@
+// Normalisation of rows on the CPU, in float arithmetic for every storage type.
+#pragma once
+
+#include <cmath>
+
+#include "fi_backend/cpu/rows.h"
+#include "fi_backend/norm/norm_params.h"
+
+namespace fi::cpu {
+
+// A row is read twice, the second time from the cache. With a residual the sum is formed again in
+// the second pass, so that the norm sees it unrounded and needs no scratch row.
+template <class T>
+void rmsnorm(const RmsNormParams& p, int num_threads) {
+  const T* weight = static_cast<const T*>(p.weight);
+  const int64_t size = p.hidden_size;
+  const int64_t bytes_per_row = size * int64_t{sizeof(T)} * (p.residual != nullptr ? 4 : 2);
+  const auto inverse_rms = [&](float sum_of_squares) {
+    return broadcast(1.0f / std::sqrt(sum_of_squares / static_cast<float>(size) + p.eps));
+  };
+  for_each_row(
+      p.num_outer, p.num_inner, bytes_per_row, num_threads, [&](int64_t outer, int64_t inner) {
+        const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
+                     inner * p.input_strides.inner;
+        T* out =
+            static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
+        if (p.residual == nullptr) {
+          const VecF scale = inverse_rms(sum_row(size, [&](int64_t i, auto io) {
+            const VecF v = io.read(x + i);
+            return v * v;
+          }));
+          for_each_vector(size, [&](int64_t i, auto io) {
+            io.write(out + i, io.read(x + i) * scale * (io.read(weight + i) + p.weight_bias));
+          });
+          return;
+        }
+        T* residual = static_cast<T*>(p.residual) + outer * p.residual_strides.outer +
+                      inner * p.residual_strides.inner;
+        const VecF scale = inverse_rms(sum_row(size, [&](int64_t i, auto io) {
+          const VecF v = io.read(x + i) + io.read(residual + i);
+          return v * v;
+        }));
+        for_each_vector(size, [&](int64_t i, auto io) {
+          const VecF v = io.read(x + i) + io.read(residual + i);
+          io.write(residual + i, v);
+          io.write(out + i, v * scale * (io.read(weight + i) + p.weight_bias));
+        });
+      });
+}
+
+// The variance is that of the centred row: E[x^2] - E[x]^2 would cancel.
+template <class T>
+void layernorm(const LayerNormParams& p, int num_threads) {
+  const int64_t size = p.hidden_size;
+  const float inverse_size = 1.0f / static_cast<float>(size);
+  for_each_row(p.num_outer, p.num_inner, size * int64_t{2 * sizeof(T)}, num_threads,
+               [&](int64_t outer, int64_t inner) {
+                 const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
+                              inner * p.input_strides.inner;
+                 T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer +
+                          inner * p.out_strides.inner;
+                 const VecF mean = broadcast(
+                     inverse_size *
+                     sum_row(size, [&](int64_t i, auto io) { return io.read(x + i); }));
+                 const float variance = inverse_size * sum_row(size, [&](int64_t i, auto io) {
+                                          const VecF centred = io.read(x + i) - mean;
+                                          return centred * centred;
+                                        });
+                 const VecF scale = broadcast(1.0f / std::sqrt(variance + p.eps));
+                 for_each_vector(size, [&](int64_t i, auto io) {
+                   VecF v = (io.read(x + i) - mean) * scale * io.read(p.gamma + i);
+                   if (p.beta != nullptr) v += io.read(p.beta + i);
+                   io.write(out + i, v);
+                 });
+               });
+}
+
+}  // namespace fi::cpu

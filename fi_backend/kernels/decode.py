@@ -1,0 +1,49 @@
+"""Attention of requests with few query rows, bound by reading K and V."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend.jit import KernelSpec
+from fi_backend.kernels.attention_line import LineKernel, line_spec, load_line, partial_floats
+
+__all__ = ["decode_spec", "load", "partial_floats"]
+
+
+def decode_spec(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the few-row kernel for one set of types and head sizes."""
+    return line_spec(
+        "decode",
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+    )
+
+
+def load(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> LineKernel:
+    """Load the few-row kernel, compiling it where no cache has it."""
+    return load_line(
+        decode_spec(
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=o_dtype,
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+        )
+    )

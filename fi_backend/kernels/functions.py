@@ -1,0 +1,51 @@
+"""What the loaders of per-dtype CPU kernels share: their KernelSpec and a memo of functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fi_backend import jit
+from fi_backend.jit import KernelSpec
+from fi_backend.kernels.dtypes import cpp_type, short_name
+
+__all__ = ["Functions", "float_spec"]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def float_spec(family: str, dtype: torch.dtype) -> KernelSpec:
+    """Describe the module of `family` that stores values as `dtype` and computes in float32.
+
+    Raises:
+        TypeError: `dtype` is not float32, float16 or bfloat16.
+    """
+    if dtype not in _FLOATS:
+        allowed = ", ".join(map(str, _FLOATS))
+        raise TypeError(f"{family}: dtype of the input must be one of {allowed}; got {dtype}")
+    return KernelSpec(
+        name=f"{family}_cpu_{short_name(dtype)}",
+        target="cpu",
+        templates=(f"{family}_cpu.cc.j2",),
+        parameters=(("dtype", cpp_type(dtype, "cpu")),),
+    )
+
+
+class Functions(dict[Any, Callable[..., Any]]):
+    """The function of one name in every module of a family, by what tells the modules apart.
+
+    A plain dict once filled, so that the lookup on an engine's path costs no Python call. The
+    first lookup of a key compiles or loads its module.
+    """
+
+    def __init__(self, name: str, spec: Callable[[Any], KernelSpec]) -> None:
+        super().__init__()
+        self._name = name
+        self._spec = spec
+
+    def __missing__(self, key: Any) -> Callable[..., Any]:
+        function = jit.load(self._spec(key)).get_function(self._name)
+        self[key] = function
+        return function

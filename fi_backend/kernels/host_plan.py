@@ -1,0 +1,100 @@
+"""Divide a step's attention among workers: the host planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fi_backend.jit import KernelSpec, load
+
+__all__ = ["host_plan", "plan_buffer_ints", "plan_spec", "workspace_floats"]
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def plan_spec() -> KernelSpec:
+    """Describe the planner module."""
+    return KernelSpec(name="plan_cpu", target="cpu", templates=("plan_cpu.cc.j2",))
+
+
+def _function(name: str) -> Callable[..., Any]:
+    function = _functions.get(name)
+    if function is None:
+        function = _functions[name] = load(plan_spec()).get_function(name)
+    return function
+
+
+def plan_buffer_ints(*, max_reqs: int, num_workers: int) -> int:
+    """Count the int32 elements that a plan of at most `max_reqs` requests needs.
+
+    Raises:
+        ValueError: max_reqs is negative or num_workers is not positive.
+    """
+    return int(_function("plan_buffer_ints")(max_reqs, num_workers))
+
+
+def workspace_floats(*, num_workers: int, head_dim_qk: int, head_dim_vo: int) -> int:
+    """Count the float32 elements of workspace that a run needs: it grows with workers alone.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+    return int(_function("workspace_floats")(num_workers, head_dim_qk, head_dim_vo))
+
+
+def host_plan(
+    *,
+    plan_buffer: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    causal: bool,
+    window_left: int,
+    num_workers: int,
+    split: int,
+    many_rows_only: bool,
+) -> None:
+    """Write the plan of a step into `plan_buffer`.
+
+    Args:
+        plan_buffer: int32 [plan_buffer_ints(...)], written.
+        qo_indptr: int32 [num_reqs + 1], first query row of each request.
+        kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
+        num_qo_heads: a multiple of num_kv_heads.
+        num_kv_heads: heads of the cache.
+        head_dim_qk: size of a query or key row.
+        head_dim_vo: size of a value or output row.
+        q_dtype: type of q. The CPU's tiles do not depend on it.
+        kv_dtype: type of the cache. The CPU's tiles do not depend on it.
+        causal: a query sees no key after its own position.
+        window_left: keys a query sees to the left of its own; -1 for all.
+        num_workers: threads that will run the plan.
+        split: 0 cuts work anywhere; -1 never cuts a request's keys; n > 0 cuts them at multiples
+            of n tokens. -1 and n make a request's bits independent of its batch mates and of
+            num_workers.
+        many_rows_only: give every request to the many-row kernel.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong dtype, shape, device or value.
+    """
+    _function("host_plan")(
+        plan_buffer,
+        qo_indptr,
+        kv_lens,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        head_dim_vo,
+        causal,
+        window_left,
+        num_workers,
+        split,
+        many_rows_only,
+    )

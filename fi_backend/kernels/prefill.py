@@ -1,0 +1,49 @@
+"""Attention of requests with many query rows, bound by arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend.jit import KernelSpec
+from fi_backend.kernels.attention_line import LineKernel, line_spec, load_line, partial_floats
+
+__all__ = ["load", "partial_floats", "prefill_spec"]
+
+
+def prefill_spec(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the many-row kernel for one set of types and head sizes."""
+    return line_spec(
+        "prefill",
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+    )
+
+
+def load(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> LineKernel:
+    """Load the many-row kernel, compiling it where no cache has it."""
+    return load_line(
+        prefill_spec(
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=o_dtype,
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+        )
+    )

@@ -1,0 +1,70 @@
+"""Our kernels as torch ops, so that torch.compile, export and fake tensors see them.
+
+A public function asks :func:`runs_directly` and then either calls its kernel, which costs no
+dispatch, or the op registered here, which a compiler can trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fi_backend.errors import UnsupportedError
+
+__all__ = ["register", "runs_directly"]
+
+_library = torch.library.Library("fi_backend", "FRAGMENT")
+# Subclasses (fake tensors among them) have no memory that a kernel could read.
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _returns_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for an op that only writes its outputs."""
+
+
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] = _returns_nothing
+) -> Callable[..., Any]:
+    """Define the op ``fi_backend::<schema>`` and return it.
+
+    Args:
+        schema: name, arguments and results; written arguments carry ``(a!)``.
+        implementation: serves tensors of every device, and refuses those it cannot serve.
+        fake: the same for tensors without memory: makes results of the right shape and dtype.
+    """
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fi_backend::{name}", fake, lib=_library)
+    op: Callable[..., Any] = getattr(torch.ops.fi_backend, name).default
+    return op
+
+
+def runs_directly(operation: str, /, **tensors: torch.Tensor) -> bool:
+    """Whether a kernel may be called on `tensors` now; else the registered op must be.
+
+    Raises:
+        TypeError: one of them is not a tensor.
+        UnsupportedError: one of them is on a device that has no kernels yet.
+    """
+    for tensor in tensors.values():
+        if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu:
+            return _needs_no_memory(operation, tensors)
+    return not torch.compiler.is_compiling()
+
+
+def _needs_no_memory(operation: str, tensors: dict[str, torch.Tensor]) -> bool:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"fi_backend: {operation}: {name} must be a torch.Tensor; "
+                f"got {type(tensor).__name__}"
+            )
+        if tensor.device.type not in ("cpu", "meta"):
+            raise UnsupportedError(
+                f"fi_backend: {operation}: {tensor.device.type.upper()} tensors are not supported "
+                f"yet by this version; got {name} on device={tensor.device}, expected cpu"
+            )
+    return False

@@ -1,0 +1,85 @@
+"""CUDA modules compile, fit every architecture they are shipped for, and load, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_modules import append_spec, merge_spec, rmsnorm_spec
+
+from fi_backend import jit
+from fi_backend.jit import paths, render, toolchain
+
+pytestmark = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc; there is none")
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BUILDERS = {
+    "merge": (merge_spec, (BF16, BF16)),
+    "append": (append_spec, (BF16, E4M3)),
+    "rmsnorm": (rmsnorm_spec, (BF16, BF16)),
+}
+# One PTX for all portable targets, as it is shipped; sm_120 has 99 KB of shared memory a block.
+GENCODE = [
+    "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89,sm_120]",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]
+MAX_SHARED_BYTES = 99 * 1024
+
+
+@pytest.mark.parametrize("kernel", BUILDERS)
+def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
+    builder, dtypes = BUILDERS[kernel]
+    units = render.render(builder(dtypes))
+    (unit,) = (name for name in units if name.endswith(".cu"))
+    (tmp_path / unit).write_text(units[unit])
+    nvcc = toolchain.find_nvcc()
+    assert nvcc is not None
+    command = [nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", *GENCODE]
+    command += [f"-I{paths.CSRC}", f"-I{paths.CSRC / 'include'}", "-c", str(tmp_path / unit)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "unit.o")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    seen = set()
+    for entry in done.stderr.split("Compiling entry function '")[1:]:
+        name, arch = re.match(r"(\w+)' for '(\w+)'", entry).groups()  # type: ignore[union-attr]
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        assert frame is not None
+        assert frame.groups() == ("0", "0"), f"{name} for {arch}: {frame[0]}"
+        assert int(shared[1] if shared else 0) <= MAX_SHARED_BYTES
+        seen.add(arch)
+    assert seen == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"}
+
+
+@pytest.fixture(scope="module", params=["9.0a", "8.0"])
+def arch(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real path, JIT and bindings, up to the first check that needs a GPU to pass."""
+    monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", arch)
+    tag = "_for_" + arch.replace(".", "")
+    specs = {name: builder(dtypes, tag) for name, (builder, dtypes) in BUILDERS.items()}
+    jit.build(specs.values())
+
+    x = torch.zeros(2, 4, 8, dtype=BF16)
+    lse = torch.zeros(2, 4)
+    merge, append, rmsnorm = (jit.load(specs[name]) for name in ("merge", "append", "rmsnorm"))
+    with pytest.raises(ValueError, match=r"v_a: must be a CUDA tensor.*v_a\.cuda\(\)"):
+        merge.merge_pair(x, lse, x, lse, x, lse, None, False)
+    with pytest.raises(ValueError, match="v: must be a CUDA tensor"):
+        merge.merge_states(x[None], lse[None], x, lse, False)
+    cache = torch.zeros(1, 2, 4, 8, dtype=E4M3)
+    slots = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="key: must be a CUDA tensor"):
+        append.append_slots(x, x, cache, cache, slots, None, None, 1.0, 1.0, False)
+    with pytest.raises(ValueError, match="input: must be a CUDA tensor"):
+        rmsnorm.rmsnorm(x, x[0, 0], x, None, None, 1.0, 1e-6, 0.0, False)
+    with pytest.raises(TypeError, match="Expected"):
+        rmsnorm.rmsnorm(x, x[0, 0])

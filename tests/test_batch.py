@@ -1,0 +1,78 @@
+"""PagedBatch: the page-table forms, and that bad metadata is refused before a kernel sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fi_backend import PagedBatch
+
+
+def i32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_lengths_follow_from_flashinfers_table() -> None:
+    batch = PagedBatch.from_csr(i32(0, 1, 2, 3), i32(0, 2, 2, 3), i32(7, 3, 5), i32(3, 0, 4), 4)
+    assert batch.kv_lens.tolist() == [7, 0, 4]
+    batch.validate(page_size=4)
+
+
+def test_lengths_follow_from_ragged_offsets() -> None:
+    batch = PagedBatch.ragged(i32(0, 2, 2), i32(0, 5, 9))
+    assert batch.kv_lens.tolist() == [5, 4]
+    assert batch.page_indices is None
+    batch.validate(page_size=1)
+
+
+def test_an_empty_batch_is_legal() -> None:
+    PagedBatch(i32(0), i32(), block_table=torch.zeros((0, 4), dtype=torch.int32)).validate(16)
+
+
+GOOD: dict[str, Any] = {
+    "qo_indptr": i32(0, 1, 3),
+    "kv_lens": i32(5, 8),
+    "block_table": torch.zeros((2, 2), dtype=torch.int32),
+}
+CSR: dict[str, Any] = {
+    "qo_indptr": i32(0, 1, 3),
+    "kv_lens": i32(5, 8),
+    "page_indptr": i32(0, 2, 4),
+    "page_indices": i32(0, 1, 2, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            GOOD | {"qo_indptr": i32(0, 3, 1)},
+            ValueError,
+            r"qo_indptr\[1\] = 3 .*qo_indptr\[2\] = 1",
+        ),
+        (GOOD | {"qo_indptr": i32(-1, 1, 3)}, ValueError, r"qo_indptr\[0\] .*-1"),
+        (GOOD | {"qo_indptr": i32(0, 3)}, ValueError, r"qo_indptr must have shape \[3\]"),
+        (GOOD | {"qo_indptr": GOOD["qo_indptr"].long()}, TypeError, "qo_indptr .*int32.*int64"),
+        (GOOD | {"kv_lens": i32(-1, 8)}, ValueError, r"kv_lens\[0\] = -1"),
+        (GOOD | {"kv_lens": i32(5, 9)}, ValueError, r"at most 8.*kv_lens\[1\] = 9"),
+        (GOOD | {"kv_lens": [5, 8]}, TypeError, "kv_lens must be a torch.Tensor; got list"),
+        (GOOD | {"block_table": torch.zeros(2, 2)}, TypeError, "block_table .*float32"),
+        (GOOD | {"block_table": i32(1, 2)}, ValueError, r"block_table must have shape \[\*, \*\]"),
+        (GOOD | {"block_table": GOOD["block_table"][:1]}, ValueError, "2 requests; got 1"),
+        (GOOD | {"request_rows": i32(0, 2)}, ValueError, r"rows in \[0, 2\)"),
+        (GOOD | {"page_indptr": i32(0, 1, 2)}, ValueError, "not both"),
+        (CSR | {"page_indptr": None, "page_indices": None}, ValueError, "got neither"),
+        (CSR | {"page_indptr": i32(0, 2, 1)}, ValueError, r"page_indptr\[2\] = 1"),
+        (CSR | {"page_indptr": i32(0, 2, 5)}, ValueError, "page_indices must have at least .*5"),
+        (CSR | {"kv_lens": i32(5, 9)}, ValueError, r"kv_lens\[1\] must be at most 8"),
+    ],
+)
+def test_bad_metadata_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    PagedBatch(**GOOD).validate(page_size=4)
+    PagedBatch(**CSR).validate(page_size=4)
+    with pytest.raises(error, match=message):
+        PagedBatch(**arguments).validate(page_size=4)

@@ -1,0 +1,62 @@
+"""AttentionSpec: defaults, geometry, and that every limit is named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fi_backend import AttentionSpec, supports
+
+SPEC = AttentionSpec(num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, q_dtype=torch.bfloat16)
+
+
+def test_defaults_follow_from_the_query() -> None:
+    assert SPEC.head_dim_vo == 64
+    assert SPEC.kv_dtype == SPEC.o_dtype == torch.bfloat16
+    assert SPEC.sm_scale == 0.125
+    assert SPEC.group_size == 4
+    assert supports(SPEC) is None
+
+
+def test_layers_that_differ_outside_the_geometry_share_it() -> None:
+    other = dataclasses.replace(SPEC, logits_soft_cap=30.0, sm_scale=1.0, sinks=True)
+    assert other != SPEC
+    assert other.geometry == SPEC.geometry
+    assert hash(other.geometry) == hash(SPEC.geometry)
+    assert dataclasses.replace(SPEC, window_left=5).geometry != SPEC.geometry
+
+
+def test_a_custom_mask_takes_the_place_of_the_causal_one() -> None:
+    assert not dataclasses.replace(SPEC, custom_mask=True).geometry.causal
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_qo_heads": 7}, ("num_qo_heads=7", "multiple of num_kv_heads")),
+        ({"num_kv_heads": 0}, ("num_kv_heads=0",)),
+        ({"head_dim_qk": 60}, ("head_dim_qk", "multiple of 8", "60")),
+        ({"head_dim_vo": 520}, ("head_dim_vo", "512", "520")),
+        ({"q_dtype": torch.float64}, ("q_dtype", "torch.bfloat16", "torch.float64")),
+        ({"kv_dtype": torch.int8}, ("kv_dtype", "torch.float8_e4m3fn", "torch.int8")),
+        ({"o_dtype": torch.float8_e5m2}, ("o_dtype", "torch.float8_e5m2")),
+        ({"page_size": 0}, ("page_size", "0")),
+        ({"window_left": -2}, ("window_left", "-2")),
+        ({"sm_scale": float("nan")}, ("sm_scale", "nan")),
+        ({"logits_soft_cap": -1.0}, ("logits_soft_cap", "-1.0")),
+        ({"rope_theta": -1.0}, ("rope_theta", "-1.0")),
+    ],
+)
+def test_every_limit_is_named(change: dict[str, object], words: tuple[str, ...]) -> None:
+    reason = supports(dataclasses.replace(SPEC, **change))
+    assert reason is not None
+    for word in words:
+        assert word in reason
+
+
+def test_other_devices_are_refused() -> None:
+    reason = supports(SPEC, "cuda")
+    assert reason is not None
+    assert "cuda" in reason
