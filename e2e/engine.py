@@ -2,8 +2,8 @@
 
     python -m e2e.engine JOB.json RESULT.json
 
-The parent (harness.py) writes the job and reads the result. vLLM finds our plugin by itself, through
-its entry points: nothing here imports it.
+The parent (harness.py) writes the job and reads the result. vLLM finds our plugin by itself,
+through its entry points: nothing here imports it.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def scores(output: Any) -> list[list[tuple[int, float]]]:
 
 
 def run_task(task: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM
+    import vllm
 
     start = time.perf_counter()
-    engine = LLM(
+    engine = vllm.LLM(
         model=task["model"],
         dtype=task["dtype"],
         attention_backend=task["backend"],
@@ -130,6 +130,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
         batches = [run_batch(engine, batch) for batch in task["batches"]]
     after = engine.collective_rpc("fi_backend_counters")[0]
     result = {
+        "version": vllm.__version__,
         "ready_seconds": ready,
         "batches": batches,
         "layers": log.attention_layers(),

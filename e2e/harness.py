@@ -69,9 +69,17 @@ def run_engines(
     directory: Path,
     *,
     environment: Mapping[str, str] | None = None,
-    program: Sequence[str] = ("-m", "e2e.engine"),
+    program: str = "e2e.engine",
+    site: Path | None = None,
 ) -> dict[str, Result]:
     """Run each task in an engine of its own, all in one child process; results by task name.
+
+    Args:
+        tasks: what to run, in this order.
+        directory: where the job, its result and the engines' output are written.
+        environment: variables on top of ENVIRONMENT.
+        program: module that the child runs.
+        site: folder of packages that come before the installed ones.
 
     Raises:
         RuntimeError: the child failed; the message ends with its output's tail.
@@ -79,11 +87,12 @@ def run_engines(
     job, result, log = (directory / name for name in ("job.json", "result.json", "log.txt"))
     directory.mkdir(parents=True, exist_ok=True)
     job.write_text(json.dumps([task.describe() for task in tasks]))
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    paths = (str(site or ""), str(ROOT), os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(filter(None, paths))
     variables = {**os.environ, "PYTHONPATH": path, **ENVIRONMENT, **(environment or {})}
     with log.open("w") as output:
         child = subprocess.run(
-            [sys.executable, *program, str(job), str(result)],
+            [sys.executable, "-m", program, str(job), str(result)],
             env=variables,
             cwd=directory,
             stdout=output,

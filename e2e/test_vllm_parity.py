@@ -29,7 +29,9 @@ def test_zeroed_attention_is_noticed(
     want = [tokens[: len(got[0])] for tokens in stock[model]["batches"][0]["tokens"]]
     with pytest.raises(AssertionError, match="prompts differ"):
         assert_same_tokens(want, got)
-    agreeing = sum(x == y for a, b in zip(want, got, strict=True) for x, y in zip(a, b, strict=True))
+    agreeing = sum(
+        x == y for a, b in zip(want, got, strict=True) for x, y in zip(a, b, strict=True)
+    )
     assert agreeing < 0.25 * sum(len(tokens) for tokens in got)
 
 

@@ -5,11 +5,54 @@ from __future__ import annotations
 import torch
 
 from fi_backend.checks import check_cpu, check_tensor
-from fi_backend.kernels import merge as merge_kernels
+from fi_backend.kernels import merge as kernel
+from fi_backend.torch_ops import register, runs_directly
 
 __all__ = ["merge_state", "merge_state_in_place", "merge_states"]
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _merge_state_op(
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+) -> None:
+    kernel.merge_pair(v_a=v_a, lse_a=s_a, v_b=v_b, lse_b=s_b, v_out=v, lse_out=s)
+
+
+def _merge_state_in_place_op(
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_other: torch.Tensor,
+    s_other: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    kernel.merge_pair(v_a=v, lse_a=s, v_b=v_other, lse_b=s_other, v_out=v, lse_out=s, mask=mask)
+
+
+def _merge_states_op(
+    v: torch.Tensor, s: torch.Tensor, v_out: torch.Tensor, s_out: torch.Tensor
+) -> None:
+    kernel.merge_states(v=v, lse=s, v_out=v_out, lse_out=s_out)
+
+
+_merge_state = register(
+    "merge_state(Tensor v_a, Tensor s_a, Tensor v_b, Tensor s_b, Tensor(a!) v, Tensor(b!) s) -> ()",
+    _merge_state_op,
+)
+_merge_state_in_place = register(
+    "merge_state_in_place(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, "
+    "Tensor? mask) -> ()",
+    _merge_state_in_place_op,
+)
+_merge_states = register(
+    "merge_states(Tensor v, Tensor s, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
+    _merge_states_op,
+)
 
 
 def _check_pair(
@@ -55,7 +98,8 @@ def merge_state(
     _check_same("v_b", v_b, "v_a", v_a)
     v = torch.empty(v_a.shape, dtype=v_a.dtype, device=v_a.device)
     s = torch.empty(s_a.shape, dtype=torch.float32, device=v_a.device)
-    merge_kernels.merge_pair(v_a=v_a, lse_a=s_a, v_b=v_b, lse_b=s_b, v_out=v, lse_out=s)
+    directly = runs_directly("merge_state", v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
+    (_merge_state_op if directly else _merge_state)(v_a, s_a, v_b, s_b, v, s)
     return v, s
 
 
@@ -84,9 +128,8 @@ def merge_state_in_place(
             "mask", mask, shape=(v.shape[0],), dtype=(torch.bool, torch.uint8), device=v.device
         )
         mask = mask.to(torch.bool)
-    merge_kernels.merge_pair(
-        v_a=v, lse_a=s, v_b=v_other, lse_b=s_other, v_out=v, lse_out=s, mask=mask
-    )
+    directly = runs_directly("merge_state_in_place", v=v, s=s, v_other=v_other, s_other=s_other)
+    (_merge_state_in_place_op if directly else _merge_state_in_place)(v, s, v_other, s_other, mask)
 
 
 def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,5 +150,6 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     rows, _, heads, head_dim = v.shape
     v_out = torch.empty((rows, heads, head_dim), dtype=v.dtype, device=v.device)
     s_out = torch.empty((rows, heads), dtype=torch.float32, device=v.device)
-    merge_kernels.merge_states(v_out=v_out, lse_out=s_out, v=v, lse=s)
+    directly = runs_directly("merge_states", v=v, s=s)
+    (_merge_states_op if directly else _merge_states)(v, s, v_out, s_out)
     return v_out, s_out

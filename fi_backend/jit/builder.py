@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fi_backend import env
 from fi_backend.errors import BuildError, MissingModuleError
-from fi_backend.jit import entry, ninja, paths, progress, render, runner, store, toolchain
+from fi_backend.jit import entry, key, ninja, paths, progress, render, runner, store, toolchain
 from fi_backend.jit.kernel_spec import KernelSpec
 from fi_backend.jit.lock import BuildLock
 from fi_backend.jit.request import Request, resolve
@@ -79,6 +79,8 @@ def ensure(
             held = [family for family, lock in locks.items() if lock.try_acquire()]
             if not held:
                 held = [next(iter(pending))]
+                progress.ensure_visible()
+                _log.info("waiting for another process to build %s", held[0])
                 locks[held[0]].acquire(timeout)
             todo = []
             for family in held:
@@ -121,6 +123,13 @@ def _compile(
 
     def publish(family: str) -> None:
         request, module = by_family[family], modules[family]
+        if key.source_key(request.spec) != request.source_key:
+            raise BuildError(
+                f"the sources of {request.spec.name} changed while it was compiled; run again",
+                modules=(request.spec.name,),
+                command="",
+                log="",
+            )
         _write_manifest(request, module, time.monotonic() - started)
         published[family] = store.publish(module.directory, request)
         locks[family].release()

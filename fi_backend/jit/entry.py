@@ -70,9 +70,11 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` and flush it, and the library, to disk."""
+    """Write ``manifest.json``, close the files to others, and flush what a load reads."""
     path = directory / MANIFEST
     path.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    for file in directory.iterdir():
+        file.chmod(0o600)  # whatever the umask is
     for name in (LIBRARY, MANIFEST):
         descriptor = os.open(directory / name, os.O_RDONLY)
         try:

@@ -13,7 +13,7 @@ from fi_backend.jit.kernel_spec import KernelSpec
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # Hidden symbols: two modules in one process must not share an inline variable of a header by
 # accident, whichever version of that header each was compiled with.
-_SHARED = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-gnu-unique")
+_SHARED = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 _OPTIMISED = ("-O3", "-DNDEBUG")
 _DEBUG = ("-Og", "-g3", "-fno-omit-frame-pointer")
 

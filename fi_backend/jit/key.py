@@ -27,7 +27,7 @@ _TARGET = re.compile(rb'([<"])([^<>"]+)[>"]')
 
 
 def digest(*parts: object, length: int = 16) -> str:
-    """Return a hexadecimal digest of JSON-ready parts."""
+    """Return a hexadecimal digest of JSON-ready parts; 1, 1.0, True and "1" all differ."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -103,10 +103,7 @@ def source_key(spec: KernelSpec) -> str:
     files = closure(templates, paths.include_dirs(roots))
     contents = sorted((_relative(path, roots), sha256) for path, sha256 in files.items())
     identity = {k: v for k, v in spec.as_dict().items() if k != "root"}
-    # 1, 1.0 and True are equal to JSON readers of some languages and to Python; render tells them
-    # apart, so the key does too.
-    types = [type(value).__name__ for _, value in spec.parameters]
-    return digest(identity, types, contents, _renderer(), paths.tvm_ffi_version())
+    return digest(identity, contents, _renderer(), paths.tvm_ffi_version())
 
 
 def _relative(path: str, roots: tuple[Path, ...]) -> str:

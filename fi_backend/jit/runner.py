@@ -84,8 +84,7 @@ def run(
                 reader.feed(line.rstrip("\n"))
             status = process.wait()
         finally:
-            process.kill()
-            process.wait()
+            _stop(process)
             if process.stdout is not None:
                 process.stdout.close()
     finally:
@@ -93,6 +92,17 @@ def run(
     if status != 0 and not reader.failures:
         reader.failures.append(Failure("", " ".join(command), reader.other))
     return reader.failures
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End ninja if it still runs; asked politely, it ends its compilers too."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class _Reader:

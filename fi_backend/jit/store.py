@@ -20,6 +20,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _log = logging.getLogger("fi_backend.jit")
 ROOT = "jit-v1"
 KERNELS = "kernels"
 AOT_PACKAGE = "fi_backend_aot"
+_LEFTOVER_SECONDS = 24 * 3600.0
 _said: set[str] = set()
 _chosen: dict[Path | None, Path] = {}  # base -> root that writes go to
 
@@ -60,7 +62,8 @@ def aot_roots() -> list[Path]:
 
 
 def _fallback_base() -> Path:
-    return Path(tempfile.gettempdir()) / f"fi_backend-{os.geteuid()}"
+    # Not tempfile.gettempdir(), which writes a file to find out whether it can.
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"fi_backend-{os.geteuid()}"
 
 
 def read_roots() -> list[Path]:
@@ -78,7 +81,7 @@ def write_root() -> Path:
     """Return the root that builds go to, made if need be; falls back and says so once."""
     base = base_dir()
     root = _chosen.get(base)
-    if root is None or not root.is_dir():
+    if root is None or not _is_private(root):
         root = _chosen[base] = _make_root(base)
     return root
 
@@ -236,21 +239,34 @@ def lock_path(request: Request) -> Path:
 
 
 def new_build_dir(request: Request) -> Path:
-    """Return a fresh build directory, and remove those of dead builders of the same entry.
+    """Return a fresh build directory, and remove those of dead builders.
 
-    The caller holds the build lock, so nobody alive uses the others.
+    The caller holds the build lock, so nobody alive uses another one of the same entry. Those of
+    other entries (failed, then never tried again) go when they are old.
     """
     prefix = f"{request.family}.{request.entry}."
     parent = write_root() / "tmp"
-    for leftover in parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in parent.iterdir():
+        if leftover.name.startswith(prefix) or _age(leftover) > _LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+
+
+def _age(directory: Path) -> float:
+    try:
+        return time.time() - directory.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def publish(built: Path, request: Request) -> Path:
     """Move a complete build directory to its place by one rename; return that place."""
     target = destination(request)
-    target.parent.mkdir(mode=0o700, exist_ok=True)
+    family = target.parent
+    family.mkdir(mode=0o700, exist_ok=True)
+    if not _is_private(family):  # somebody with more rights left it here
+        discard(family)
+        family.mkdir(mode=0o700)
     discard(target)
     os.rename(built, target)
     return target

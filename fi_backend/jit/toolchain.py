@@ -138,7 +138,7 @@ def _first_line(text: str) -> str:
 
 def _stamps(words: tuple[str, ...], behind: list[str]) -> tuple[str, ...]:
     programs = [word for word in words if os.path.isabs(word)]
-    programs += [path for path in behind if os.path.isfile(path)]
+    programs += [path for path in behind if os.path.isabs(path) and os.path.isfile(path)]
     return tuple(dict.fromkeys(map(stamp, programs)))
 
 

@@ -29,23 +29,29 @@ GENCODE = [
 MAX_SHARED_BYTES = 99 * 1024
 
 
-@pytest.mark.parametrize("kernel", BUILDERS)
-def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
+def nvcc_device_unit(kernel: str, directory: Path, *options: str) -> str:
+    """Compile a module's ``.cu`` as the JIT renders it; return what nvcc printed."""
     builder, dtypes = BUILDERS[kernel]
     units = render.render(builder(dtypes))
     (unit,) = (name for name in units if name.endswith(".cu"))
-    (tmp_path / unit).write_text(units[unit])
+    (directory / unit).write_text(units[unit])
     nvcc = toolchain.find_nvcc()
     assert nvcc is not None
-    command = [nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", *GENCODE]
-    command += [f"-I{paths.CSRC}", f"-I{paths.CSRC / 'include'}", "-c", str(tmp_path / unit)]
+    include = [f"-I{paths.CSRC}", f"-I{paths.CSRC / 'include'}"]
+    command = [nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", *include, *options]
     done = subprocess.run(
-        [*command, "-o", str(tmp_path / "unit.o")], capture_output=True, text=True, check=False
+        [*command, str(directory / unit)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
+
+@pytest.mark.parametrize("kernel", BUILDERS)
+def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
+    options = ["-Xptxas=-v", *GENCODE, "-c", "-o", str(tmp_path / "unit.o")]
+    report = nvcc_device_unit(kernel, tmp_path, *options)
     seen = set()
-    for entry in done.stderr.split("Compiling entry function '")[1:]:
+    for entry in report.split("Compiling entry function '")[1:]:
         name, arch = re.match(r"(\w+)' for '(\w+)'", entry).groups()  # type: ignore[union-attr]
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
@@ -54,6 +60,20 @@ def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
         assert int(shared[1] if shared else 0) <= MAX_SHARED_BYTES
         seen.add(arch)
     assert seen == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"}
+
+
+@pytest.mark.parametrize("kernel", BUILDERS)
+def test_dependent_launch_waits_before_it_touches_memory(kernel: str, tmp_path: Path) -> None:
+    """Checked on the instructions: a run on a GPU hardly ever loses this race."""
+    ptx = tmp_path / "unit.ptx"
+    nvcc_device_unit(kernel, tmp_path, "-arch=compute_90a", "-ptx", "-o", str(ptx))
+    entries = re.split(r"^\.(?:visible|weak) \.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
+    assert entries
+    for entry in entries:
+        name = entry.partition("(")[0]
+        accesses = [match.start() for match in re.finditer(r"\b(?:ld|st)\.global|\bbra\b", entry)]
+        assert 0 < entry.find("griddepcontrol.wait") < min(accesses), name
+        assert "ld.global.nc" not in entry, f"{name}: data may change while it starts"
 
 
 @pytest.fixture(scope="module", params=["9.0a", "8.0"])

@@ -106,7 +106,7 @@ using Q = __nv_fp8_e4m3;
 template __global__ void merge_pair_kernel<MergeTraits<T, T, 8>> ARG(MergePairParams);
 template __global__ void merge_states_kernel<MergeTraits<T, T, 8>> ARG(MergeStatesParams);
 template __global__ void append_kernel<AppendTraits<T, Q, 8>> ARG(AppendParams);
-template __global__ void rmsnorm_kernel<RmsNormTraits<T, T, 8, true>, 4> ARG(RmsNormParams);
+template __global__ void rmsnorm_kernel<RmsNormTraits<T, T, 8, true>> ARG(RmsNormParams);
 template __global__ void rmsnorm_long_kernel<RmsNormTraits<T, T, 1, true>> ARG(RmsNormParams);
 }
 """

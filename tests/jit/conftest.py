@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from counting_compiler import CountingCompiler
 
 from fi_backend import env
 from fi_backend.jit import KernelSpec, store
@@ -33,19 +34,6 @@ extern "C" __attribute__((visibility("default"))) int __tvm_ffi_value(void*, con
 VALUE_HEADER = '#pragma once\n#include "base.h"\ninline constexpr long long kBase = FI_TINY_BASE;\n'
 BASE_HEADER = "#pragma once\n#define FI_TINY_BASE 40\n"
 
-_COMPILER = """\
-#!/bin/sh
-case " $* " in
-  *" -c "*) stage=compile ;;
-  *" -shared "*) stage=link ;;
-  *) exec {cxx} "$@" ;;
-esac
-cpus=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
-echo "$stage $cpus preload=$LD_PRELOAD omp=$OMP_NUM_THREADS" >> {log}
-if [ "$FI_TEST_BLOCK" = "$stage" ]; then : > "$FI_TEST_MARKER"; sleep 4; fi
-exec {cxx} "$@"
-"""
-
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +45,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "tmpdir"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what it remembers of the real one
     monkeypatch.setattr(store, "_chosen", {})
     monkeypatch.setattr(store, "_said", set())
 
@@ -90,22 +78,6 @@ def spec(tree: Path) -> Callable[..., KernelSpec]:
         return KernelSpec(**values)
 
     return make
-
-
-class CountingCompiler:
-    """A g++ that records each compile and link, and can be told to hang in one of them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "counting-g++"
-        self._log = directory / "compiler.log"
-        cxx = shutil.which("g++")
-        self.path.write_text(_COMPILER.format(cxx=cxx, log=self._log))
-        self.path.chmod(0o755)
-
-    def lines(self, stage: str) -> list[str]:
-        """Return what each command of a stage saw: its cores and environment."""
-        text = self._log.read_text() if self._log.exists() else ""
-        return [line for line in text.splitlines() if line.startswith(stage)]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CountingCompiler
+from counting_compiler import CountingCompiler
 
 from fi_backend import env
 from fi_backend.errors import MissingModuleError

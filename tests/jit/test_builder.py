@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CountingCompiler
+from counting_compiler import CountingCompiler
 
 from fi_backend import env
 from fi_backend.errors import BuildError, CacheLockTimeout, MissingModuleError, ToolchainError
@@ -82,6 +82,7 @@ def test_killed_builder_leaves_a_usable_cache(
     assert build([spec(2)]).built == ("value_2",)
     assert store.find(resolve(spec(2))) is not None
     assert build([spec(2)]).reused == ("value_2",)
+    assert not list((store.write_root() / "tmp").glob("value_2*"))
 
 
 def test_failing_compile_shows_command_and_tail_and_spares_the_others(
@@ -104,6 +105,20 @@ def test_failing_compile_shows_command_and_tail_and_spares_the_others(
     assert build([spec(1), spec(2)]).reused == ("value_1", "value_2")
     sources = [word for word in error.command.split() if word.endswith("bad.cc")]
     assert Path(sources[0]).is_file()  # the command can be run again by hand
+
+
+def test_header_edited_during_the_compile_is_not_published(
+    spec: Make, tree: Path, compiler: CountingCompiler
+) -> None:
+    before = resolve(spec())
+
+    def edit(done: int, total: int, what: str) -> None:
+        (tree / "include" / "tiny" / "base.h").write_text(f"#define FI_TINY_BASE 5{done}\n")
+
+    with pytest.raises(BuildError, match="value_2 changed while it was compiled; run again"):
+        build([spec()], progress=edit)
+    assert store.find(before) is None
+    assert build([spec()]).built == ("value_2",)
 
 
 def test_failing_link_is_not_published(spec: Make, compiler: CountingCompiler) -> None:
@@ -153,6 +168,25 @@ def test_what_is_free_is_built_while_another_builder_holds_the_rest(
         build([spec(1), spec(2)])
     lock.release()
     assert store.find(resolve(spec(2))) is not None
+
+
+def test_finished_module_is_free_while_the_rest_compiles(
+    spec: Make, compiler: CountingCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(env.MAX_JOBS.name, "1")
+    requests = {request.family: request for request in map(resolve, (spec(1), spec(2)))}
+    early = []
+
+    def look(done: int, total: int, what: str) -> None:
+        for family, request in requests.items():
+            if what != f"LINK {family}" and store.find(request) is not None:
+                lock = BuildLock(store.lock_path(request))
+                early.append(lock.try_acquire())
+                lock.release()
+
+    build([spec(1), spec(2)], progress=look)
+    assert early
+    assert all(early)
 
 
 def test_disabled_jit_compiles_nothing(

@@ -38,7 +38,7 @@ def test_override_below_the_machine_is_taken(monkeypatch: pytest.MonkeyPatch) ->
 def test_override_above_the_machine_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "host_level", lambda: "avx2")
     monkeypatch.setenv(env.CPU_ISA.name, "avx512_bf16")
-    with pytest.raises(UnsupportedError, match="avx512_bf16 .* it runs avx2, generic"):
+    with pytest.raises(UnsupportedError, match=r"avx512_bf16 .* it runs avx2, generic"):
         isa.resolve()
 
 

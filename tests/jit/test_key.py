@@ -62,6 +62,7 @@ def test_header_that_appears_earlier_in_the_search_changes_the_key(
     [
         {"parameters": (("number", 3),)},
         {"parameters": (("number", 2.0),)},
+        {"parameters": (("number", "2"),)},
         {"extra_cflags": ("-DX",)},
         {"extra_ldflags": ("-lm",)},
         {"name": "other"},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CountingCompiler
+from counting_compiler import CountingCompiler
 
 from fi_backend.errors import ModuleLoadError
 from fi_backend.jit import KernelSpec, build, load, loader, store

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import CountingCompiler
+from counting_compiler import CountingCompiler
 
 from fi_backend.jit import KernelSpec, build, compile_commands, registry
 

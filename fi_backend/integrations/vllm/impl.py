@@ -172,8 +172,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         else:
             target = output
         if self._encoder_only:
-            assert key is not None and value is not None
-            return self._encode(attn_metadata, query, key[:tokens], value[:tokens], target, output)
+            return self._encode(attn_metadata, query, key, value, target, output)
 
         bound = self._bound
         if bound is None or not bound.fits(kv_cache, attn_metadata.causal):
@@ -243,12 +242,16 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         self,
         metadata: FIMetadata,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         target: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Attend to the step's own keys and values, without a cache."""
+        assert key is not None
+        assert value is not None
+        tokens = metadata.num_actual_tokens
+        key, value = key[:tokens], value[:tokens]
         spec = self.spec(
             q_dtype=query.dtype,
             page_size=1,

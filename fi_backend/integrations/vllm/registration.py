@@ -69,8 +69,12 @@ def _register(undo: list[Callable[[], None]]) -> None:
         undo.append(cpu_platform.install(type(current_platform)))
     elif importlib.util.find_spec("flashinfer") is None and _SAMPLER_VARIABLE not in os.environ:
         # vLLM's sampler imports flashinfer unless told otherwise, whatever attention runs on.
-        undo.append(lambda: os.environ.pop(_SAMPLER_VARIABLE, None))
+        undo.append(_unset_sampler_variable)
         os.environ[_SAMPLER_VARIABLE] = "0"
+
+
+def _unset_sampler_variable() -> None:
+    os.environ.pop(_SAMPLER_VARIABLE, None)
 
 
 def _restore_override(backend: Any) -> Callable[[], None]:

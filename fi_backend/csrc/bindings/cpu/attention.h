@@ -8,7 +8,7 @@
 
 namespace fi::bindings {
 
-// Runs that had work, counted for the life of the module.
+// Layers run, counted for the life of the module.
 inline std::atomic<int64_t>& attention_runs() {
   static std::atomic<int64_t> count{0};
   return count;
@@ -128,9 +128,9 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
                               << " requests and " << num_workers << " workers, got "
                               << plan_buffer.size(0);
   }
-  if (partials.size(0) < num_workers * cpu::worker_floats(kQk, kVo)) {
+  if (partials.size(0) < cpu::arena_floats(num_workers, kQk, kVo)) {
     TVM_FFI_THROW(ValueError) << "partials: must have at least "
-                              << num_workers * cpu::worker_floats(kQk, kVo) << " elements, got "
+                              << cpu::arena_floats(num_workers, kQk, kVo) << " elements, got "
                               << partials.size(0) << "; size it with partial_floats()";
   }
   const PlanView plan =
@@ -157,7 +157,7 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
   params.out = out.data_ptr();
   params.lse = data_or_null<float>(lse);
   params.plan = static_cast<const int32_t*>(plan_buffer.data_ptr());
-  params.partials = static_cast<float*>(partials.data_ptr());
+  params.partials = cpu::align_arena(static_cast<float*>(partials.data_ptr()));
   params.qo_indptr = indptr;
   params.kv_lens = static_cast<const int32_t*>(kv_lens.data_ptr());
   params.alibi_slopes = data_or_null<const float>(alibi_slopes);
@@ -187,7 +187,10 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
   params.rope_scale = static_cast<float>(rope_scale);
   params.rope_theta = static_cast<float>(rope_theta);
 
-  attention_runs().fetch_add(1, std::memory_order_relaxed);
+  // A plan with work in both lines is one run of the layer: its first line counts it.
+  if (Traits::kLine == kFewRows || !plan.has_work[kFewRows]) {
+    attention_runs().fetch_add(1, std::memory_order_relaxed);
+  }
   cpu::run_line<Traits>(params, plan);
 }
 

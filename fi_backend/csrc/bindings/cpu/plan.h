@@ -20,8 +20,8 @@ inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_
     TVM_FFI_THROW(ValueError) << "num_workers, head_dim_qk and head_dim_vo must be positive, got "
                               << num_workers << ", " << head_dim_qk << " and " << head_dim_vo;
   }
-  return num_workers *
-         cpu::worker_floats(static_cast<int>(head_dim_qk), static_cast<int>(head_dim_vo));
+  return cpu::arena_floats(num_workers, static_cast<int>(head_dim_qk),
+                           static_cast<int>(head_dim_vo));
 }
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer.

@@ -60,7 +60,11 @@ __device__ __forceinline__ float merged_lse(float lse_max, float weight_sum) {
   return weight_sum == 0.f ? empty_lse() : lse_max + log2f(weight_sum);
 }
 
-// Block and grid: HeadTile over [num_rows, num_heads, head_dim].
+// Accesses of each state that a thread has in flight. One is too few to cover the latency of
+// memory.
+inline constexpr int kPairVecs = 2;
+
+// Block and grid: HeadTile over [num_rows, num_heads, head_dim / kPairVecs].
 template <class Traits>
 __global__ void __launch_bounds__(kHeadTileThreads)
     merge_pair_kernel(const __grid_constant__ MergePairParams p) {
@@ -72,37 +76,46 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const StateStrides& out = p.out_strides;
   ptx::grid_dependency_wait();
 
-  const int64_t row = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
-  const bool row_is_wanted = row < p.num_rows && (p.mask == nullptr || p.mask[row] != 0);
-  for (int first_head = 0; first_head < p.num_heads; first_head += blockDim.y) {
-    const int head = first_head + threadIdx.y;
-    const bool is_wanted = row_is_wanted && head < p.num_heads;
-    float lse_max = 0.f, weight_sum = 0.f;
-    if (is_wanted) {
-      const float lse_a = p.lse_a[row * a.lse_row + head * a.lse_head];
-      const float lse_b = p.lse_b[row * b.lse_row + head * b.lse_head];
-      lse_max = max_or_nan(lse_a, lse_b);
-      const float weight_a = state_weight(lse_a, lse_max);
-      const float weight_b = state_weight(lse_b, lse_max);
-      weight_sum = weight_a + weight_b;
+  const auto [row, head] = head_tile_position(p.num_heads);
+  const bool is_wanted =
+      row < p.num_rows && head < p.num_heads && (p.mask == nullptr || p.mask[row] != 0);
+  float lse_max = 0.f, weight_sum = 0.f;
+  if (is_wanted) {
+    const float lse_a = p.lse_a[row * a.lse_row + head * a.lse_head];
+    const float lse_b = p.lse_b[row * b.lse_row + head * b.lse_head];
+    lse_max = max_or_nan(lse_a, lse_b);
+    const float weight_a = state_weight(lse_a, lse_max);
+    const float weight_b = state_weight(lse_b, lse_max);
+    weight_sum = weight_a + weight_b;
 
-      const In* v_a = static_cast<const In*>(p.v_a) + row * a.v_row + head * a.v_head;
-      const In* v_b = static_cast<const In*>(p.v_b) + row * b.v_row + head * b.v_head;
-      Out* v_out = static_cast<Out*>(p.v_out) + row * out.v_row + head * out.v_head;
-      for (int i = threadIdx.x * kVecSize; i < p.head_dim; i += blockDim.x * kVecSize) {
-        const auto vec_a = Traits::InVec::load_once(v_a + i);
-        const auto vec_b = Traits::InVec::load_once(v_b + i);
+    const In* v_a = static_cast<const In*>(p.v_a) + row * a.v_row + head * a.v_head;
+    const In* v_b = static_cast<const In*>(p.v_b) + row * b.v_row + head * b.v_head;
+    Out* v_out = static_cast<Out*>(p.v_out) + row * out.v_row + head * out.v_head;
+    const int step = blockDim.x * kVecSize;
+    for (int first = threadIdx.x * kVecSize; first < p.head_dim; first += kPairVecs * step) {
+      typename Traits::InVec vec_a[kPairVecs], vec_b[kPairVecs];
+#pragma unroll
+      for (int v = 0; v < kPairVecs; ++v) {
+        const int i = first + v * step;
+        if (i >= p.head_dim) break;
+        vec_a[v] = Traits::InVec::load_once(v_a + i);
+        vec_b[v] = Traits::InVec::load_once(v_b + i);
+      }
+#pragma unroll
+      for (int v = 0; v < kPairVecs; ++v) {
+        const int i = first + v * step;
+        if (i >= p.head_dim) break;
         WeightedSum<kVecSize> acc;
-        acc.add(weight_a, vec_a);
-        acc.add(weight_b, vec_b);
+        acc.add(weight_a, vec_a[v]);
+        acc.add(weight_b, vec_b[v]);
         acc.template divided_by<typename Traits::OutVec>(weight_sum).store(v_out + i);
       }
     }
-    // In place, lse_out is lse_a: the threads of a head must have read it before one overwrites it.
-    __syncthreads();
-    if (is_wanted && threadIdx.x == 0 && p.lse_out != nullptr) {
-      p.lse_out[row * out.lse_row + head * out.lse_head] = merged_lse(lse_max, weight_sum);
-    }
+  }
+  // In place, lse_out is lse_a: the threads of a head must have read it before one overwrites it.
+  __syncthreads();
+  if (is_wanted && threadIdx.x == 0 && p.lse_out != nullptr) {
+    p.lse_out[row * out.lse_row + head * out.lse_head] = merged_lse(lse_max, weight_sum);
   }
   ptx::grid_dependency_launch();
 }
@@ -118,32 +131,31 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const StateStrides& out = p.out_strides;
   ptx::grid_dependency_wait();
 
-  const int64_t row = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
-  for (int head = threadIdx.y; row < p.num_rows && head < p.num_heads; head += blockDim.y) {
-    const float* lse = p.lse + row * in.lse_row + head * in.lse_head;
-    float lse_max = empty_lse();
-    for (int state = 0; state < p.num_states; ++state) {
-      lse_max = max_or_nan(lse_max, lse[state * p.lse_state_stride]);
-    }
+  const auto [row, head] = head_tile_position(p.num_heads);
+  if (row >= p.num_rows || head >= p.num_heads) return;
+  const float* lse = p.lse + row * in.lse_row + head * in.lse_head;
+  float lse_max = empty_lse();
+  for (int state = 0; state < p.num_states; ++state) {
+    lse_max = max_or_nan(lse_max, lse[state * p.lse_state_stride]);
+  }
 
-    const In* v = static_cast<const In*>(p.v) + row * in.v_row + head * in.v_head;
-    Out* v_out = static_cast<Out*>(p.v_out) + row * out.v_row + head * out.v_head;
-    float weight_sum = 0.f;
-    for (int i = threadIdx.x * kVecSize; i < p.head_dim; i += blockDim.x * kVecSize) {
-      WeightedSum<kVecSize> acc;
-      weight_sum = 0.f;
+  const In* v = static_cast<const In*>(p.v) + row * in.v_row + head * in.v_head;
+  Out* v_out = static_cast<Out*>(p.v_out) + row * out.v_row + head * out.v_head;
+  float weight_sum = 0.f;
+  for (int i = threadIdx.x * kVecSize; i < p.head_dim; i += blockDim.x * kVecSize) {
+    WeightedSum<kVecSize> acc;
+    weight_sum = 0.f;
 #pragma unroll 4
-      for (int state = 0; state < p.num_states; ++state) {
-        const auto vec = Traits::InVec::load_once(v + state * p.v_state_stride + i);
-        const float weight = state_weight(lse[state * p.lse_state_stride], lse_max);
-        acc.add(weight, vec);
-        weight_sum += weight;
-      }
-      acc.template divided_by<typename Traits::OutVec>(weight_sum).store(v_out + i);
+    for (int state = 0; state < p.num_states; ++state) {
+      const auto vec = Traits::InVec::load_once(v + state * p.v_state_stride + i);
+      const float weight = state_weight(lse[state * p.lse_state_stride], lse_max);
+      acc.add(weight, vec);
+      weight_sum += weight;
     }
-    if (threadIdx.x == 0 && p.lse_out != nullptr) {
-      p.lse_out[row * out.lse_row + head * out.lse_head] = merged_lse(lse_max, weight_sum);
-    }
+    acc.template divided_by<typename Traits::OutVec>(weight_sum).store(v_out + i);
+  }
+  if (threadIdx.x == 0 && p.lse_out != nullptr) {
+    p.lse_out[row * out.lse_row + head * out.lse_head] = merged_lse(lse_max, weight_sum);
   }
   ptx::grid_dependency_launch();
 }

@@ -111,12 +111,27 @@ inline void store(half* p, VecF v) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<half>(v[i]);
 #endif
 }
-inline void store(e4m3* p, VecF v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = from_float<e4m3>(v[i]);
+// Narrow to a small float of the given layout, saturating at the magnitude kLargestBits (that of a
+// float), as from_float does. NaN becomes the code whose magnitude bits are all ones.
+template <int kExponentBits, int kMantissaBits, uint32_t kLargestBits>
+inline void store_fp8(void* p, VecF v) {
+  constexpr uint32_t kBias = (1 << (kExponentBits - 1)) - 1;
+  constexpr int kShift = 23 - kMantissaBits;
+  constexpr uint32_t kSmallestNormal = (127 - kBias + 1) << 23;
+  // Adding a power of two whose last mantissa bit is the subnormal step rounds in hardware.
+  constexpr uint32_t kStep = (127 - kBias + 1 + kShift) << 23;
+  const VecU magnitude = as_bits(abs(v));
+  const VecU bits = magnitude < kLargestBits ? magnitude : VecU{} + kLargestBits;
+  const VecU subnormal = as_bits(as_float(bits) + as_float(VecU{} + kStep)) - kStep;
+  const VecU rounded = bits + ((1u << (kShift - 1)) - 1) + ((bits >> kShift) & 1u);
+  const VecU normal = (rounded - ((127 - kBias) << 23)) >> kShift;
+  const VecU finite = bits < kSmallestNormal ? subnormal : normal;
+  const VecU code = magnitude > 0x7f800000u ? VecU{} + 0x7fu : finite;
+  const VecU8 narrow = __builtin_convertvector(code | as_bits(v) >> 24 & 0x80u, VecU8);
+  std::memcpy(p, &narrow, sizeof(narrow));
 }
-inline void store(e5m2* p, VecF v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = from_float<e5m2>(v[i]);
-}
+inline void store(e4m3* p, VecF v) { store_fp8<4, 3, 0x43e00000u>(p, v); }  // 448
+inline void store(e5m2* p, VecF v) { store_fp8<5, 2, 0x47600000u>(p, v); }  // 57344
 
 // The first n < kLanes values; lanes past n read as zero and are not written.
 template <class T>

@@ -24,10 +24,11 @@ inline void collapse_rows(RmsNormParams& p) {
   p.num_inner = 1;
 }
 
-// The block that gives a row of `num_vecs` accesses to threads of `vecs_per_thread` each.
-inline dim3 make_row_block(int num_vecs, int vecs_per_thread) {
+// Threads enough for a row of `num_vecs` accesses, kRmsNormVecsPerThread each: whole warps, or a
+// power of two of lanes, several rows a block then.
+inline dim3 make_row_block(int num_vecs) {
   constexpr unsigned kMinThreads = 128;
-  const unsigned threads = (num_vecs + vecs_per_thread - 1) / vecs_per_thread;
+  const unsigned threads = (num_vecs + kRmsNormVecsPerThread - 1) / kRmsNormVecsPerThread;
   if (threads > kWarpSize) return dim3((threads + kWarpSize - 1) / kWarpSize * kWarpSize);
   unsigned lanes = 1;
   while (lanes < threads) lanes *= 2;
@@ -36,27 +37,19 @@ inline dim3 make_row_block(int num_vecs, int vecs_per_thread) {
 
 template <class Traits>
 cudaError_t launch_rmsnorm_kernel(const RmsNormParams& p, cudaStream_t stream) {
-  const auto launch_with = [&](void (*kernel)(RmsNormParams), dim3 block) {
-    const int64_t num_blocks = (p.num_outer * p.num_inner + block.y - 1) / block.y;
-    return launch(kernel, num_blocks, block, stream, p.enable_pdl, p);
-  };
   const int num_vecs = p.hidden_size / Traits::kVecSize;
-  // A thread takes several accesses where the row still has a warp then.
+  const int64_t num_rows = p.num_outer * p.num_inner;
   if constexpr (Traits::kVecSize > 1) {
-    if (num_vecs <= kWarpSize) {
-      return launch_with(rmsnorm_kernel<Traits, 1>, make_row_block(num_vecs, 1));
-    }
-    if (num_vecs <= 2 * kWarpSize) {
-      return launch_with(rmsnorm_kernel<Traits, 2>, make_row_block(num_vecs, 2));
-    }
-    if (num_vecs <= 4 * kRmsNormMaxThreads) {
-      return launch_with(rmsnorm_kernel<Traits, 4>, make_row_block(num_vecs, 4));
+    if (num_vecs <= kRmsNormVecsPerThread * kRmsNormMaxThreads) {
+      const dim3 block = make_row_block(num_vecs);
+      const int64_t num_blocks = (num_rows + block.y - 1) / block.y;
+      return launch(rmsnorm_kernel<Traits>, num_blocks, block, stream, p.enable_pdl, p);
     }
   }
   const int warps = (num_vecs + kWarpSize - 1) / kWarpSize;
   constexpr int kMaxWarps = kRmsNormMaxThreads / kWarpSize;
-  return launch_with(rmsnorm_long_kernel<Traits>,
-                     dim3((warps < kMaxWarps ? warps : kMaxWarps) * kWarpSize));
+  const dim3 block((warps < kMaxWarps ? warps : kMaxWarps) * kWarpSize);
+  return launch(rmsnorm_long_kernel<Traits>, num_rows, block, stream, p.enable_pdl, p);
 }
 
 template <class In, class Out, bool kHasResidual>

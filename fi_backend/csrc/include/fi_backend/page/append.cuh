@@ -72,29 +72,29 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const PageStrides& vc = p.value_cache_strides;
   ptx::grid_dependency_wait();
 
-  const int64_t token = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
-  if (token >= p.num_tokens) return;
-  const In* key = static_cast<const In*>(p.key) + token * p.key_strides.token;
-  const In* value = static_cast<const In*>(p.value) + token * p.value_strides.token;
+  const auto [token, head] = head_tile_position(p.num_kv_heads);
+  if (token >= p.num_tokens || head >= p.num_kv_heads) return;
+  const In* key =
+      static_cast<const In*>(p.key) + token * p.key_strides.token + head * p.key_strides.head;
+  const In* value =
+      static_cast<const In*>(p.value) + token * p.value_strides.token + head * p.value_strides.head;
   const CacheSlot slot = find_slot(p, token);
-  Cache* key_cache =
-      static_cast<Cache*>(p.key_cache) + slot.page * kc.page + slot.offset * kc.token;
-  Cache* value_cache =
-      static_cast<Cache*>(p.value_cache) + slot.page * vc.page + slot.offset * vc.token;
-  const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
+  Cache* key_cache = static_cast<Cache*>(p.key_cache) + slot.page * kc.page +
+                     slot.offset * kc.token + head * kc.head;
+  Cache* value_cache = static_cast<Cache*>(p.value_cache) + slot.page * vc.page +
+                       slot.offset * vc.token + head * vc.head;
+  const float k_scale = p.k_scale ? p.k_scale[head * p.k_scale_head_stride] : p.k_scale_value;
+  const float v_scale = p.v_scale ? p.v_scale[head * p.v_scale_head_stride] : p.v_scale_value;
 
-  for (int head = threadIdx.y; head < p.num_kv_heads; head += blockDim.y) {
-    const float k_scale = p.k_scale ? p.k_scale[head * p.k_scale_head_stride] : p.k_scale_value;
-    const float v_scale = p.v_scale ? p.v_scale[head * p.v_scale_head_stride] : p.v_scale_value;
-    for (int i = threadIdx.x * Traits::kVecSize; i < widest; i += blockDim.x * Traits::kVecSize) {
-      // Read both rows before the slot is needed: its look-up and these loads overlap.
-      InVec k, v;
-      if (i < p.head_dim_qk) k = InVec::load_once(key + head * p.key_strides.head + i);
-      if (i < p.head_dim_vo) v = InVec::load_once(value + head * p.value_strides.head + i);
-      if (slot.page < 0) continue;
-      if (i < p.head_dim_qk) to_cache<Traits>(k, k_scale).store(key_cache + head * kc.head + i);
-      if (i < p.head_dim_vo) to_cache<Traits>(v, v_scale).store(value_cache + head * vc.head + i);
-    }
+  const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
+  for (int i = threadIdx.x * Traits::kVecSize; i < widest; i += blockDim.x * Traits::kVecSize) {
+    // Read both rows before the slot is needed: its look-up and these loads overlap.
+    InVec k, v;
+    if (i < p.head_dim_qk) k = InVec::load_once(key + i);
+    if (i < p.head_dim_vo) v = InVec::load_once(value + i);
+    if (slot.page < 0) continue;
+    if (i < p.head_dim_qk) to_cache<Traits>(k, k_scale).store(key_cache + i);
+    if (i < p.head_dim_vo) to_cache<Traits>(v, v_scale).store(value_cache + i);
   }
   ptx::grid_dependency_launch();
 }

@@ -41,7 +41,7 @@ class Attend {
     slope_ = scratch.take<float>(rows);
     first_ = scratch.take<int32_t>(rows);
     last_ = scratch.take<int32_t>(rows);
-    query_ = scratch.take<int32_t>(rows);
+    position_ = scratch.take<int32_t>(rows);
     scores_ = scratch.take<float>(int64_t{kTileKeys + kKeyPadding} * kBlockRows);
     k_tile_ = scratch.take<C>(int64_t{kTileKeys} * kQkPadded);
     v_tile_ = scratch.take<float>(int64_t{kTileKeys + kKeyPadding} * kColumns);
@@ -72,6 +72,7 @@ class Attend {
                        ? nullptr
                        : params_.custom_mask + params_.mask_indptr[piece.request];
     logits_.kv_len = piece.kv_len;
+    logits_.qo_len = piece.qo_len;
     for (int row = 0; row < num_rows_; row += kBlockRows) begin_block(piece, row);
   }
 
@@ -132,15 +133,17 @@ class Attend {
       float lse = -INFINITY;
       float factor = 0.0f;
       if (sum != 0.0f) {
+        // Logits count ALiBi distance from the row's own position, callers from query 0.
+        const float origin = slope_[row] * static_cast<float>(logits_.kv_len - logits_.qo_len);
         float scale = 1.0f;
         float top = max_[row];
         if (params_.sinks != nullptr) {
-          const float sink = params_.sinks[head] * kLog2e;
+          const float sink = params_.sinks[head] * kLog2e - origin;
           top = std::max(top, sink);
           scale = std::exp2(max_[row] - top);
           sum = sum * scale + std::exp2(sink - top);
         }
-        lse = top + std::log2(sum);
+        lse = top + std::log2(sum) + origin;
         factor = scale / sum * v_scale;
       }
       float* o = o_ + int64_t{row} * kColumns;
@@ -172,7 +175,7 @@ class Attend {
     block.slope = slope_ + row_begin;
     block.first = first_ + row_begin;
     block.last = last_ + row_begin;
-    block.query = query_ + row_begin;
+    block.position = position_ + row_begin;
     block.some_begin = block.all_end = piece.kv_len;
     block.some_end = block.all_begin = 0;
     C* q = reinterpret_cast<C*>(q_ + int64_t{row_begin} * kQkPadded);
@@ -187,7 +190,7 @@ class Attend {
       const int32_t key_offset = lane / block.width;
       block.first[lane] = seen.begin - key_offset;
       block.last[lane] = seen.end - 1 - key_offset;
-      block.query[lane] = token - key_offset;
+      block.position[lane] = piece.kv_len - piece.qo_len + token - key_offset;
       block.slope[lane] = logits_.has_alibi ? params_.alibi_slopes[head] * kLog2e : 0.0f;
       block.some_begin = std::min(block.some_begin, seen.begin);
       block.some_end = std::max(block.some_end, seen.end);
@@ -282,7 +285,7 @@ class Attend {
   float* slope_;
   int32_t* first_;
   int32_t* last_;
-  int32_t* query_;
+  int32_t* position_;
   float* scores_;
   C* k_tile_;
   float* v_tile_;

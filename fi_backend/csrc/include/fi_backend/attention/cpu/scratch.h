@@ -40,11 +40,21 @@ constexpr int64_t scratch_floats(int head_dim_qk, int head_dim_vo) {
          6 * qk + 1024;
 }
 
+// The caller's arena may begin anywhere; workers begin on cache lines.
+constexpr int64_t kArenaSlack = 16;
+inline float* align_arena(float* arena) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(arena) + 63) / 64 * 64);
+}
+
 constexpr int64_t kControlFloats = 16;  // a worker's counter, on its own cache line
 
 constexpr int64_t worker_floats(int head_dim_qk, int head_dim_vo) {
   return kControlFloats + partial_worker_floats(head_dim_vo) +
          round_up(scratch_floats(head_dim_qk, head_dim_vo), 16);
+}
+
+constexpr int64_t arena_floats(int64_t num_workers, int head_dim_qk, int head_dim_vo) {
+  return num_workers * worker_floats(head_dim_qk, head_dim_vo) + kArenaSlack;
 }
 
 }  // namespace fi::cpu

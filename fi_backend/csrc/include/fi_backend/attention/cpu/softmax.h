@@ -1,7 +1,7 @@
 // Online softmax over tiles of keys, for a block of query rows that lie in the lanes of vectors.
 #pragma once
 
-#include <fi_backend/attention/cpu/compute.h>
+#include <fi_backend/attention/cpu/weight.h>
 
 namespace fi::cpu {
 
@@ -9,11 +9,12 @@ constexpr float kLog2e = 1.44269504088896341f;
 
 // From q . k to a base-2 logit; fixed for a kv head.
 struct LogitTransform {
-  float scale;     // sm_scale * k_scale
-  float soft_cap;  // 0 = off
-  bool has_alibi;
+  float scale;          // sm_scale * k_scale
+  float soft_cap;       // 0 = off
+  bool has_alibi;       // adds slope * (key - own position): write_output() moves the origin
   const uint8_t* mask;  // bits [qo_len, kv_len] of the request; nullptr = no custom mask
   int32_t kv_len;
+  int32_t qo_len;
 
   // Where only a positive factor is applied, it can wait until after the maximum is taken.
   bool is_scale_only() const { return soft_cap == 0 && !has_alibi && mask == nullptr && scale > 0; }
@@ -30,7 +31,7 @@ struct RowBlock {
   float* alpha;        // factor for older sums when the maximum grows
   int32_t* first;      // first key the row sees, less the lane's key offset
   int32_t* last;       // last key the row sees, less the lane's key offset
-  int32_t* query;      // query token within the request, less the lane's key offset
+  int32_t* position;   // the row's own position among the keys, less the lane's key offset
   float* slope;        // ALiBi slope * log2(e)
   int32_t some_begin;  // keys that some row sees
   int32_t some_end;
@@ -51,7 +52,7 @@ inline void transform_logits(const RowBlock& block, const LogitTransform& x, flo
   for (int c = 0; c < lanes; c += kLanes) {
     const VecI first = load_ints(block.first + c);
     const VecI last = load_ints(block.last + c);
-    const VecI query = load_ints(block.query + c);
+    const VecI position = load_ints(block.position + c);
     const VecF slope = load(block.slope + c);
     VecI offset;  // of the lane's key; keys past the tile's end are masked like any other
     for (int i = 0; i < kLanes; ++i) offset[i] = (c + i) / block.width;
@@ -61,7 +62,7 @@ inline void transform_logits(const RowBlock& block, const LogitTransform& x, flo
       VecF v = load(p) * x.scale;
       if (x.soft_cap != 0) v = x.soft_cap * tanh(v / x.soft_cap);
       v = v * kLog2e;
-      if (x.has_alibi) v = fma(__builtin_convertvector(key - query, VecF), slope, v);
+      if (x.has_alibi) v = fma(__builtin_convertvector(key - position, VecF), slope, v);
       const VecI visible = (key >= first) & (key <= last) & (key + offset < end_key);
       store(p, select(visible, v, broadcast(-INFINITY)));
     }
@@ -76,7 +77,8 @@ inline void apply_custom_mask(const RowBlock& block, const LogitTransform& x, fl
       const int32_t key_offset = i / block.width;
       const int32_t key = first_key + u * block.keys_per_vector() + key_offset;
       if (key >= end_key || i % block.width >= block.num_rows) continue;
-      const int64_t bit = int64_t{block.query[i] + key_offset} * x.kv_len + key;
+      const int64_t query = block.position[i] + key_offset - (x.kv_len - x.qo_len);
+      const int64_t bit = query * x.kv_len + key;
       if ((x.mask[bit >> 3] >> (bit & 7) & 1) == 0) s[u * lanes + i] = -INFINITY;
     }
   }
@@ -91,6 +93,51 @@ inline VecF spread_max(VecF v, int width) {
   }
   for (int i = width; i < kLanes; ++i) lanes[i] = lanes[i % width];
   return load(lanes);
+}
+
+inline VecF column_max(const float* column, int stride, int num_vectors) {
+  VecF even = load(column);
+  VecF odd = even;
+  int u = 1;
+  for (; u + 1 < num_vectors; u += 2) {
+    even = max(even, load(column + u * stride));
+    odd = max(odd, load(column + (u + 1) * stride));
+  }
+  if (u < num_vectors) even = max(even, load(column + u * stride));
+  return max(even, odd);
+}
+
+// Turn a column of logits into weights, in place, and return their sum.
+template <class C>
+inline VecF column_weights(float* column, int stride, int num_vectors, float scale, VecF base) {
+  const auto weight = [&](int u) {
+    return weight_exp2<C>(load(column + u * stride) * scale - base);
+  };
+  VecF sum_even{};
+  VecF sum_odd{};
+  int u = 0;
+  for (; u + 1 < num_vectors; u += 2) {
+    const VecF even = weight(u);
+    const VecF odd = weight(u + 1);
+    sum_even += even;
+    sum_odd += odd;
+    if constexpr (std::is_same_v<C, float>) {
+      store(column + u * stride, even);
+      store(column + (u + 1) * stride, odd);
+    } else {
+      store(column + u / 2 * stride, pair_words(even, odd));
+    }
+  }
+  if (u < num_vectors) {
+    const VecF last = weight(u);
+    sum_even += last;
+    if constexpr (std::is_same_v<C, float>) {
+      store(column + u * stride, last);
+    } else {
+      store(column + u / 2 * stride, pair_words(last, VecF{}));
+    }
+  }
+  return sum_even + sum_odd;
 }
 
 // Turn the products of one tile of keys into weights, in place, and update the rows' state.
@@ -110,33 +157,27 @@ int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int n
     if (x.mask != nullptr) apply_custom_mask(block, x, s, num_vectors, first_key, end_key);
     scale = 1.0f;
   }
+  // Phase by phase over all columns of vectors, so that their latencies overlap.
+  constexpr int kMaxColumns = 64 / kLanes;
+  VecF base[kMaxColumns];
   for (int c = 0; c < lanes; c += kLanes) {
-    float* column = s + c;
-    VecF highest = load(column);
-    for (int u = 1; u < num_vectors; ++u) highest = max(highest, load(column + u * lanes));
+    VecF highest = column_max(s + c, lanes, num_vectors);
     if (step > 1) highest = spread_max(highest, block.width);
+    base[c / kLanes] = highest;
+  }
+  for (int c = 0; c < lanes; c += kLanes) {
     const VecF old_max = load(block.max + c);
-    const VecF new_max = max(old_max, highest * scale);
+    const VecF new_max = max(old_max, base[c / kLanes] * scale);
     // A row that has seen no key yet keeps -inf; subtracting 0 instead makes its weights 0.
-    const VecF base = select(new_max == -INFINITY, VecF{}, new_max);
-    const VecF alpha = exp2(old_max - base);
-    VecF sum = load(block.sum + c) * alpha;
-    for (int u = 0; u < num_vectors; ++u) {
-      const VecF weight = exp2(load(column + u * lanes) * scale - base);
-      sum += weight;
-      if constexpr (std::is_same_v<C, float>) {
-        store(column + u * lanes, weight);
-      } else {
-        VecF next{};
-        if (u + 1 < num_vectors) next = exp2(load(column + (u + 1) * lanes) * scale - base);
-        sum += next;
-        store(column + u / 2 * lanes, pair_words(weight, next));
-        ++u;
-      }
-    }
+    base[c / kLanes] = select(new_max == -INFINITY, VecF{}, new_max);
+    const VecF alpha = exp2(old_max - base[c / kLanes]);
     store(block.max + c, new_max);
-    store(block.sum + c, sum);
     store(block.alpha + c, alpha);
+    store(block.sum + c, load(block.sum + c) * alpha);
+  }
+  for (int c = 0; c < lanes; c += kLanes) {
+    const VecF sum = column_weights<C>(s + c, lanes, num_vectors, scale, base[c / kLanes]);
+    store(block.sum + c, load(block.sum + c) + sum);
   }
   return std::is_same_v<C, float> ? num_vectors * step : (num_vectors + 1) / 2 * step;
 }

@@ -2,17 +2,27 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
+#include <vector>
 
 #include "fi_backend/cpu/rows.h"
 #include "fi_backend/norm/norm_params.h"
 
 namespace fi::cpu {
 
-// A row is read twice, the second time from the cache. With a residual the sum is formed again in
-// the second pass, so that the norm sees it unrounded and needs no scratch row.
+// Floats that this thread keeps between calls, so that only a longer row than ever allocates.
+inline float* scratch_row(int64_t size) {
+  thread_local std::vector<float> row;
+  if (static_cast<int64_t>(row.size()) < size) row.resize(size);
+  return row.data();
+}
+
+// A row is read twice, the second time from the cache. With a residual the second pass reads the
+// unrounded sums: the residual itself where it is stored as float, else a scratch row.
 template <class T>
 void rmsnorm(const RmsNormParams& p, int num_threads) {
   const T* weight = static_cast<const T*>(p.weight);
+  const VecF bias = broadcast(p.weight_bias);
   const int64_t size = p.hidden_size;
   const int64_t bytes_per_row = size * int64_t{sizeof(T)} * (p.residual != nullptr ? 4 : 2);
   const auto inverse_rms = [&](float sum_of_squares) {
@@ -22,28 +32,33 @@ void rmsnorm(const RmsNormParams& p, int num_threads) {
       p.num_outer, p.num_inner, bytes_per_row, num_threads, [&](int64_t outer, int64_t inner) {
         const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
                      inner * p.input_strides.inner;
-        T* out =
-            static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
+        T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
         if (p.residual == nullptr) {
-          const VecF scale = inverse_rms(sum_row(size, [&](int64_t i, auto io) {
+          const VecF scale = inverse_rms(sum_row(size, [=](int64_t i, auto io) {
             const VecF v = io.read(x + i);
             return v * v;
           }));
-          for_each_vector(size, [&](int64_t i, auto io) {
-            io.write(out + i, io.read(x + i) * scale * (io.read(weight + i) + p.weight_bias));
+          for_each_vector(size, [=](int64_t i, auto io) {
+            io.write(out + i, io.read(x + i) * scale * (io.read(weight + i) + bias));
           });
           return;
         }
         T* residual = static_cast<T*>(p.residual) + outer * p.residual_strides.outer +
                       inner * p.residual_strides.inner;
-        const VecF scale = inverse_rms(sum_row(size, [&](int64_t i, auto io) {
-          const VecF v = io.read(x + i) + io.read(residual + i);
-          return v * v;
-        }));
-        for_each_vector(size, [&](int64_t i, auto io) {
+        float* sums;
+        if constexpr (std::is_same_v<T, float>) {
+          sums = residual;
+        } else {
+          sums = scratch_row(size);
+        }
+        const VecF scale = inverse_rms(sum_row(size, [=](int64_t i, auto io) {
           const VecF v = io.read(x + i) + io.read(residual + i);
           io.write(residual + i, v);
-          io.write(out + i, v * scale * (io.read(weight + i) + p.weight_bias));
+          if constexpr (!std::is_same_v<T, float>) io.write(sums + i, v);
+          return v * v;
+        }));
+        for_each_vector(size, [=](int64_t i, auto io) {
+          io.write(out + i, io.read(sums + i) * scale * (io.read(weight + i) + bias));
         });
       });
 }
@@ -51,28 +66,28 @@ void rmsnorm(const RmsNormParams& p, int num_threads) {
 // The variance is that of the centred row: E[x^2] - E[x]^2 would cancel.
 template <class T>
 void layernorm(const LayerNormParams& p, int num_threads) {
+  const float *gamma = p.gamma, *beta = p.beta;
   const int64_t size = p.hidden_size;
   const float inverse_size = 1.0f / static_cast<float>(size);
-  for_each_row(p.num_outer, p.num_inner, size * int64_t{2 * sizeof(T)}, num_threads,
-               [&](int64_t outer, int64_t inner) {
-                 const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
-                              inner * p.input_strides.inner;
-                 T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer +
-                          inner * p.out_strides.inner;
-                 const VecF mean = broadcast(
-                     inverse_size *
-                     sum_row(size, [&](int64_t i, auto io) { return io.read(x + i); }));
-                 const float variance = inverse_size * sum_row(size, [&](int64_t i, auto io) {
-                                          const VecF centred = io.read(x + i) - mean;
-                                          return centred * centred;
-                                        });
-                 const VecF scale = broadcast(1.0f / std::sqrt(variance + p.eps));
-                 for_each_vector(size, [&](int64_t i, auto io) {
-                   VecF v = (io.read(x + i) - mean) * scale * io.read(p.gamma + i);
-                   if (p.beta != nullptr) v += io.read(p.beta + i);
-                   io.write(out + i, v);
-                 });
-               });
+  for_each_row(
+      p.num_outer, p.num_inner, size * int64_t{2 * sizeof(T)}, num_threads,
+      [&](int64_t outer, int64_t inner) {
+        const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
+                     inner * p.input_strides.inner;
+        T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
+        const VecF mean = broadcast(
+            inverse_size * sum_row(size, [=](int64_t i, auto io) { return io.read(x + i); }));
+        const float variance = inverse_size * sum_row(size, [=](int64_t i, auto io) {
+                                 const VecF centred = io.read(x + i) - mean;
+                                 return centred * centred;
+                               });
+        const VecF scale = broadcast(1.0f / std::sqrt(variance + p.eps));
+        for_each_vector(size, [=](int64_t i, auto io) {
+          VecF v = (io.read(x + i) - mean) * scale * io.read(gamma + i);
+          if (beta != nullptr) v += io.read(beta + i);
+          io.write(out + i, v);
+        });
+      });
 }
 
 }  // namespace fi::cpu

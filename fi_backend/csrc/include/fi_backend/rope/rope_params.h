@@ -1,0 +1,55 @@
+// Arguments of the rotary position embedding kernels, shared by every target.
+#pragma once
+
+#include <fi_backend/common/macros.h>
+
+namespace fi {
+
+// Element strides of rows [num_tokens, num_heads, head_dim], last dimension contiguous.
+struct RopeStrides {
+  int64_t token;
+  int64_t head;
+};
+
+// Rotate the first rotary_dim values of every head of q and k by angles that depend on the token's
+// position; copy the others. Pair i is (x[i], x[i + rotary_dim / 2]), or (x[2i], x[2i + 1]) where
+// interleaved. Outputs may be the inputs.
+//
+// The position of token t is pos_ids[t]; or, without pos_ids, offsets[b] + t - indptr[b] for the
+// request b that owns it, and tokens that no request owns are not written.
+//
+// The angle of pair i is position * f(i), f(i) = theta^(-2i / rotary_dim) * (s + (1 - s) / scale)
+// with s = clamp(theta^(-2i / rotary_dim) * smooth_slope + smooth_offset, 0, 1): all 0 for plain
+// scaling, else the ramp of Llama 3.1. With a cos_sin_cache, angles come from there instead.
+struct RopeParams {
+  const void* q;             // [num_tokens, num_qo_heads, head_dim]
+  const void* k;             // [num_tokens, num_kv_heads, head_dim]
+  void* q_out;               // [num_tokens, num_qo_heads, head_dim]
+  void* k_out;               // [num_tokens, num_kv_heads, head_dim]
+  const void* pos_ids;       // [num_tokens], int32 or int64; nullptr = the other form
+  const void* indptr;        // [num_requests + 1], int32 or int64
+  const void* offsets;       // [num_requests], int32 or int64
+  const float* cos_sin;      // [max_position, rotary_dim], cosines then sines; nullptr = computed
+  RopeStrides q_strides;     // in elements, as all strides here
+  RopeStrides k_strides;
+  RopeStrides q_out_strides;
+  RopeStrides k_out_strides;
+  int64_t cos_sin_stride;    // of a position
+  int64_t num_tokens;
+  int32_t num_requests;
+  int32_t num_qo_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t rotary_dim;        // even
+  float rope_scale;
+  float rope_theta;
+  float smooth_slope;
+  float smooth_offset;
+  bool interleave;
+  bool pos_ids_is_int64;
+  bool indptr_is_int64;
+  bool offsets_is_int64;
+  bool enable_pdl;  // CUDA: launch as a programmatic dependent of the kernel before
+};
+
+}  // namespace fi

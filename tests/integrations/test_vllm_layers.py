@@ -1,0 +1,268 @@
+"""Builder and layers on vLLM's own metadata classes: values, windows per layer, dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from reference import Mask, attention
+
+from fi_backend.errors import UnsupportedError
+
+Load = Callable[[str], ModuleType]
+HEADS, KV_HEADS, DIM, PAGE = 6, 2, 64, 16
+SCALE = DIM**-0.5
+DTYPE = torch.float32
+# (tokens in this step, tokens in all): decode, chunk, whole prompt, padding request.
+REQUESTS = ((1, 70), (1, 5), (20, 50), (33, 33), (0, 0))
+PADDING = 3
+LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+
+
+@dataclass
+class Step:
+    """A step's tensors as the engine lays them out, and what is behind them."""
+
+    common: Any
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cache: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def tokens(self, request: int) -> slice:
+        starts = self.common.query_start_loc.tolist()
+        return slice(starts[request], starts[request + 1])
+
+
+def make_step(vllm: Load, dtype: torch.dtype = DTYPE) -> Step:
+    """Cached tokens are in the cache already; those of this step are in k and v alone."""
+    new = [tokens for tokens, _ in REQUESTS]
+    lens = [total for _, total in REQUESTS]
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
+    num_tokens = int(starts[-1])
+    pages_each = max(lens) // PAGE + 2
+    order = torch.randperm(len(REQUESTS) * pages_each) + 1  # page 0 is vLLM's null page
+    table = order.reshape(len(REQUESTS), pages_each).to(torch.int32)
+    cache = torch.full((order.numel() + 1, KV_HEADS, PAGE, 2 * DIM), float("nan"), dtype=dtype)
+    keys = [torch.randn(n, KV_HEADS, DIM, dtype=dtype) for n in lens]
+    values = [torch.randn(n, KV_HEADS, DIM, dtype=dtype) for n in lens]
+    slots = torch.full((num_tokens + PADDING,), -1, dtype=torch.int64)
+    k = torch.randn(num_tokens + PADDING, KV_HEADS, DIM, dtype=dtype)
+    v = torch.randn_like(k)
+    for request, (tokens, total) in enumerate(REQUESTS):
+        positions = torch.arange(total)
+        where = table[request, positions // PAGE].long() * PAGE + positions % PAGE
+        done = total - tokens
+        rows = torch.cat([keys[request], values[request]], -1)
+        cache[where[:done] // PAGE, :, where[:done] % PAGE] = rows[:done]
+        mine = slice(int(starts[request]), int(starts[request + 1]))
+        slots[mine] = where[done:]
+        k[mine], v[mine] = keys[request][done:], values[request][done:]
+        table[request, (total + PAGE - 1) // PAGE :] = 2**31 - 1  # stale entries are garbage
+    common = vllm("v1.attention.backend").CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        num_reqs=len(REQUESTS),
+        num_actual_tokens=num_tokens + PADDING,
+        max_query_len=max(new),
+        max_seq_len=max(lens),
+        block_table_tensor=table,
+        slot_mapping=slots,
+    )
+    # A slice of a fused projection, as models hand it over.
+    fused = torch.randn(num_tokens + PADDING + 2, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
+    q = fused[:, : HEADS * DIM].unflatten(1, (HEADS, DIM))
+    return Step(common, q, k, v, cache, keys, values)
+
+
+def make_impl(**arguments: Any) -> Any:
+    from fi_backend.integrations.vllm.impl import FIAttentionImpl
+
+    return FIAttentionImpl(HEADS, DIM, SCALE, KV_HEADS, **arguments)
+
+
+def make_builder(vllm: Load, impls: dict[str, Any], spec: Any = None) -> Any:
+    from fi_backend.integrations.vllm.builder import FIMetadataBuilder
+
+    spec = spec or vllm("v1.kv_cache_interface").FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE
+    )
+    layers = {name: SimpleNamespace(impl=impl) for name, impl in impls.items()}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        model_config=SimpleNamespace(dtype=DTYPE),
+    )
+    return FIMetadataBuilder(spec, [*impls, "placeholder"], config, torch.device("cpu"))
+
+
+def check(step: Step, output: torch.Tensor, mask: Mask) -> None:
+    for request, (tokens, _) in enumerate(REQUESTS):
+        if tokens:
+            mine = step.tokens(request)
+            want, _ = attention(
+                step.q[mine], step.keys[request], step.values[request], mask, sm_scale=SCALE
+            )
+            torch.testing.assert_close(output[mine].double(), want, atol=2e-5, rtol=2e-5)
+
+
+def run(step: Step, impl: Any, metadata: Any) -> torch.Tensor:
+    impl.process_weights_after_loading(DTYPE)
+    impl.do_kv_cache_update(LAYER, step.k, step.v, step.cache, step.common.slot_mapping)
+    output = torch.full((step.q.shape[0], HEADS, DIM), 7.0, dtype=step.q.dtype)
+    returned = impl.forward(LAYER, step.q, step.k, step.v, step.cache, metadata, output=output)
+    assert returned is output
+    assert bool((output[step.common.num_actual_tokens :] == 7.0).all())
+    return output
+
+
+SLOPES = [0.5**n for n in range(1, HEADS + 1)]
+VARIANTS = {
+    "plain": ({}, {}),
+    "window": ({"sliding_window": 24}, {"window_left": 23}),
+    "soft cap": ({"logits_soft_cap": 5.0}, {"logits_soft_cap": 5.0}),
+    "alibi": ({"alibi_slopes": SLOPES}, {"alibi_slopes": torch.tensor(SLOPES)}),
+    "sinks": ({"sinks": torch.arange(HEADS) / 2}, {"sinks": torch.arange(HEADS) / 2}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_equals_reference(variant: str, vllm: Load) -> None:
+    arguments, mask = VARIANTS[variant]
+    step, impl = make_step(vllm), make_impl(**arguments)
+    metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+    check(step, run(step, impl, metadata), Mask(causal=True, **mask))
+
+
+def test_layers_of_one_group_keep_their_windows(vllm: Load) -> None:
+    """With the hybrid cache manager off, one group mixes windowed and full layers."""
+    step = make_step(vllm)
+    impls = {"a": make_impl(), "b": make_impl(sliding_window=8), "c": make_impl(sliding_window=8)}
+    metadata = make_builder(vllm, impls).build(0, step.common)
+    assert len(metadata.plans) == 2
+    plans = dict(metadata.plans)
+    for impl, window_left in zip(impls.values(), (-1, 7, 7), strict=True):
+        check(step, run(step, impl, metadata), Mask(causal=True, window_left=window_left))
+    assert metadata.plans == plans
+
+
+def test_unknown_layers_plan_on_first_use(vllm: Load) -> None:
+    step, impl = make_step(vllm), make_impl()
+    metadata = make_builder(vllm, {}).build(common_prefix_len=0, common_attn_metadata=step.common)
+    assert metadata.plans == {}
+    check(step, run(step, impl, metadata), Mask(causal=True))
+    assert len(metadata.plans) == 1
+
+
+def test_layer_that_reads_another_layers_cache(vllm: Load) -> None:
+    step, owner = make_step(vllm), make_impl()
+    reader = make_impl(kv_sharing_target_layer_name="owner")
+    metadata = make_builder(vllm, {"owner": owner, "reader": reader}).build(0, step.common)
+    run(step, owner, metadata)
+    output = torch.empty(step.q.shape[0], HEADS, DIM)
+    reader.forward(LAYER, step.q, None, None, step.cache, metadata, output=output)
+    check(step, output, Mask(causal=True))
+
+
+def test_new_cache_tensor_is_noticed(vllm: Load) -> None:
+    step, impl = make_step(vllm), make_impl()
+    metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+    run(step, impl, metadata)
+    other = make_step(vllm)
+    metadata = make_builder(vllm, {"layer": impl}).build(0, other.common)
+    check(other, run(other, impl, metadata), Mask(causal=True))
+
+
+def test_dry_run_writes_zeros_and_touches_no_cache() -> None:
+    impl = make_impl()
+    output = torch.ones(4, HEADS, DIM)
+    q = torch.randn(4, HEADS, DIM)
+    impl.do_kv_cache_update(
+        LAYER, q[:, :KV_HEADS], q[:, :KV_HEADS], torch.tensor([]), torch.tensor([-1] * 4)
+    )
+    impl.forward(LAYER, q, None, None, torch.tensor([]), None, output=output)
+    assert not output.any()
+
+
+def test_step_without_tokens(vllm: Load) -> None:
+    step, impl = make_step(vllm), make_impl()
+    common = step.common.replace(
+        query_start_loc=torch.zeros(1, dtype=torch.int32),
+        seq_lens=torch.zeros(0, dtype=torch.int32),
+        block_table_tensor=torch.zeros(0, 4, dtype=torch.int32),
+        slot_mapping=torch.zeros(0, dtype=torch.int64),
+        num_reqs=0,
+        num_actual_tokens=0,
+    )
+    step.common = common
+    metadata = make_builder(vllm, {"layer": impl}).build(0, common)
+    run(step, impl, metadata)
+
+
+def test_encoder_only_attends_to_the_step_itself(vllm: Load) -> None:
+    """No cache: every token of a request sees every other."""
+    step = make_step(vllm)
+    impl = make_impl(attn_type="encoder_only")
+    spec = vllm("v1.kv_cache_interface").EncoderOnlyAttentionSpec(
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE
+    )
+    lengths = step.common.query_start_loc.diff()
+    common = step.common.replace(causal=False, seq_lens=lengths)
+    metadata = make_builder(vllm, {"layer": impl}, spec).build(0, common)
+    output = torch.empty(step.q.shape[0], HEADS, DIM)
+    impl.forward(LAYER, step.q, step.k, step.v, torch.tensor([]), metadata, output=output)
+    for request, (tokens, _) in enumerate(REQUESTS):
+        if tokens:
+            mine = step.tokens(request)
+            want, _ = attention(step.q[mine], step.k[mine], step.v[mine], Mask(), sm_scale=SCALE)
+            torch.testing.assert_close(output[mine].double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_encoder_window_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="sliding_window must be None"):
+        make_impl(attn_type="encoder_only", sliding_window=8)
+
+
+def test_causality_per_request_is_refused(vllm: Load) -> None:
+    step = make_step(vllm)
+    step.common.causal = torch.ones(len(REQUESTS), dtype=torch.bool)
+    with pytest.raises(UnsupportedError, match="causal for some requests only"):
+        make_builder(vllm, {}).build(0, step.common)
+
+
+def test_fused_output_quantisation_is_refused(vllm: Load) -> None:
+    step, impl = make_step(vllm), make_impl()
+    metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+    with pytest.raises(UnsupportedError, match="output_scale"):
+        impl.forward(
+            LAYER,
+            step.q,
+            step.k,
+            step.v,
+            step.cache,
+            metadata,
+            output=torch.empty(step.q.shape[0], HEADS, DIM),
+            output_scale=torch.ones(1),
+        )
+
+
+def test_counters_count_layers_times_steps(vllm: Load) -> None:
+    from fi_backend.integrations.vllm.worker_extension import WorkerExtension
+
+    step = make_step(vllm)
+    impls = {"a": make_impl(), "b": make_impl(sliding_window=8)}
+    builder = make_builder(vllm, impls)
+    before = WorkerExtension().fi_backend_counters()
+    for _ in range(3):
+        metadata = builder.build(0, step.common)
+        for impl in impls.values():
+            run(step, impl, metadata)
+    after = WorkerExtension().fi_backend_counters()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown == {"attention_runs": 6, "group_steps": 3, "layer_steps": 6}

@@ -1,0 +1,201 @@
+"""PagedAttention: values through the whole core, plans that are shared, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from paged_kv import PagedKv, paged_kv
+from reference import Mask, attention, torch_attention
+from tolerance import assert_accurate
+
+import fi_backend
+from fi_backend import AttentionSpec, PagedAttention, PagedBatch, Plan, Workspace
+
+SPEC = AttentionSpec(
+    num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, q_dtype=torch.float32, page_size=16
+)
+QO_LENS = (1, 0, 70, 3, 5)
+KV_LENS = (130, 7, 90, 3, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A batch of decode, prefill and empty requests with poisoned unread memory."""
+
+    q: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    cache: PagedKv
+    batch: PagedBatch
+
+    @property
+    def kv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.k_cache, self.cache.v_cache
+
+
+def make_case(spec: AttentionSpec = SPEC) -> Case:
+    keys, values = (
+        [torch.randn(n, spec.num_kv_heads, dim, dtype=spec.q_dtype) for n in KV_LENS]
+        for dim in (spec.head_dim_qk, spec.head_dim_vo)
+    )
+    cache = paged_kv(keys, values, spec.page_size)
+    qo_indptr = torch.tensor((0, *QO_LENS)).cumsum(0).to(torch.int32)
+    q = torch.randn(int(qo_indptr[-1]), spec.num_qo_heads, spec.head_dim_qk, dtype=spec.q_dtype)
+    batch = PagedBatch(qo_indptr, cache.kv_lens, block_table=cache.block_table)
+    return Case(q, keys, values, cache, batch)
+
+
+def check_values(case: Case, spec: AttentionSpec, out: torch.Tensor) -> None:
+    mask = Mask(causal=spec.causal, window_left=spec.window_left)
+    for r in range(len(QO_LENS)):
+        rows = slice(int(case.batch.qo_indptr[r]), int(case.batch.qo_indptr[r + 1]))
+        tensors = (case.q[rows], case.keys[r], case.values[r], mask)
+        wanted, _ = attention(*tensors, sm_scale=spec.sm_scale)
+        assert_accurate(
+            out[rows], wanted, torch_attention(*tensors, sm_scale=spec.sm_scale), f"request {r}"
+        )
+
+
+@pytest.mark.parametrize("split_tokens", [0, -1, 64])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_mixed_batch_matches_the_reference(split_tokens: int, num_workers: int) -> None:
+    case = make_case()
+    plan = fi_backend.plan(
+        SPEC, case.batch, Workspace(), num_workers=num_workers, split_tokens=split_tokens
+    )
+    out = PagedAttention(SPEC).run(plan, case.q, case.kv)
+    assert isinstance(out, torch.Tensor)
+    check_values(case, SPEC, out)
+
+
+def test_layers_of_one_geometry_share_a_plan_and_a_workspace() -> None:
+    case, workspace = make_case(), Workspace()
+    plan = fi_backend.plan(SPEC, case.batch, workspace)
+    capped = dataclasses.replace(SPEC, logits_soft_cap=5.0)
+    plain = PagedAttention(SPEC).run(plan, case.q, case.kv)
+    other = PagedAttention(capped).run(plan, case.q, case.kv)
+    assert not torch.equal(plain, other)
+    check_values(case, SPEC, plain)
+
+
+def test_a_refilled_plan_keeps_its_buffer() -> None:
+    case, workspace = make_case(), Workspace()
+    first = fi_backend.plan(SPEC, case.batch, workspace)
+    smaller = PagedBatch(
+        case.batch.qo_indptr[:2], case.batch.kv_lens[:1], block_table=case.cache.block_table
+    )
+    second = fi_backend.plan(SPEC, smaller, workspace, into=first)
+    assert second.buffer.data_ptr() == first.buffer.data_ptr()
+    assert second.num_tokens == 1
+    PagedAttention(SPEC).run(second, case.q[:1], case.kv)
+
+
+def test_padding_rows_are_zeroed_or_left_alone() -> None:
+    case = make_case()
+    plan = fi_backend.plan(SPEC, case.batch, Workspace())
+    padded = torch.cat([case.q, torch.full((4, 8, 64), float("nan"))])
+    layer = PagedAttention(SPEC)
+    out, lse = layer.run(plan, padded, case.kv, return_lse=True)
+    assert torch.equal(out[-4:], torch.zeros(4, 8, 64))
+    assert torch.equal(lse[-4:], torch.full((4, 8), float("-inf")))
+    check_values(case, SPEC, out[:-4])
+    mine = torch.full_like(out, 7.0)
+    assert layer.run(plan, padded, case.kv, out=mine) is mine
+    assert torch.equal(mine[-4:], torch.full((4, 8, 64), 7.0))
+
+
+def test_workspace_needs_do_not_grow_with_lengths() -> None:
+    few = fi_backend.workspace_bytes(SPEC, 4, 16, num_workers=8)
+    assert fi_backend.workspace_bytes(SPEC, 4, 1 << 20, num_workers=8) == few
+    case, workspace = make_case(), Workspace()
+    fi_backend.plan(SPEC, case.batch, workspace, num_workers=8)
+    assert workspace.num_bytes <= few
+
+
+def test_one_layer_run_counts_once() -> None:
+    case = make_case()
+    plan = fi_backend.plan(SPEC, case.batch, Workspace())
+    layer = PagedAttention(SPEC)
+    before = fi_backend.runtime_counters()["attention_runs"]
+    for _ in range(3):
+        layer.run(plan, case.q, case.kv)
+    assert fi_backend.runtime_counters()["attention_runs"] == before + 3
+
+
+def test_the_constructor_refuses_what_is_not_supported() -> None:
+    with pytest.raises(fi_backend.errors.UnsupportedError, match=r"head_dim_qk.*60"):
+        PagedAttention(dataclasses.replace(SPEC, head_dim_qk=60))
+    with pytest.raises(fi_backend.errors.UnsupportedError, match="cuda"):
+        PagedAttention(SPEC, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def ready() -> tuple[Case, Plan]:
+    case = make_case()
+    return case, fi_backend.plan(SPEC, case.batch, Workspace())
+
+
+BAD_RUNS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": torch.randn(79, 8, 32)}, ValueError, r"q must have shape \[\*, 8, 64\]"),
+    ({"q": torch.randn(79, 4, 64)}, ValueError, "q must have shape"),
+    ({"q": torch.randn(78, 8, 64)}, ValueError, "q must have at least 79 rows.*got 78"),
+    ({"q": torch.randn(79, 8, 64).double()}, TypeError, "q must have dtype torch.float32"),
+    ({"q": torch.randn(79, 8, 128)[..., ::2]}, ValueError, "q must have stride 1"),
+    ({"q": torch.empty(79, 8, 64, device="meta")}, ValueError, "q must be on device cpu"),
+    ({"k": torch.randn(20, 8, 2, 64)}, ValueError, r"k must have shape \[\*, 16, 2, 64\]"),
+    ({"v": torch.randn(2, 16, 2, 64)}, ValueError, "k and v must have as many pages"),
+    ({"out": torch.randn(79, 8, 32)}, ValueError, r"out must have shape \[79, 8, 64\]"),
+    ({"lse": torch.randn(79, 8).double()}, TypeError, "lse must have dtype torch.float32"),
+    ({"sinks": torch.randn(8)}, ValueError, "sinks must be None"),
+    ({"alibi_slopes": torch.randn(8)}, ValueError, "alibi_slopes must be None"),
+    ({"k_scale": torch.ones(3)}, ValueError, "k_scale"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_RUNS)
+def test_bad_runs_are_refused_before_anything_is_written(
+    ready: tuple[Case, Plan], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    case, plan = ready
+    k, v = case.kv
+    out = torch.full((79, 8, 64), 7.0)
+    arguments = {"q": case.q, "k": k, "v": v, "out": out} | change
+    q, kv = arguments.pop("q"), (arguments.pop("k"), arguments.pop("v"))
+    with pytest.raises(error, match=message):
+        PagedAttention(SPEC).run(plan, q, kv, **arguments)
+    assert torch.equal(out, torch.full((79, 8, 64), 7.0))
+
+
+def test_a_plan_for_another_geometry_is_refused(ready: tuple[Case, Plan]) -> None:
+    case, plan = ready
+    windowed = PagedAttention(dataclasses.replace(SPEC, window_left=3))
+    with pytest.raises(ValueError, match=r"window_left=-1.*window_left=3"):
+        windowed.run(plan, case.q, case.kv)
+
+
+def test_checked_mode_finds_page_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    table = case.cache.block_table.clone()
+    table[2, 1] = case.kv[0].shape[0]
+    batch = dataclasses.replace(case.batch, block_table=table)
+    plan = fi_backend.plan(SPEC, batch, Workspace())
+    monkeypatch.setenv("FI_BACKEND_CHECKED", "1")
+    with pytest.raises(ValueError, match=r"block_table\[2\] must hold page ids in \[0, "):
+        PagedAttention(SPEC).run(plan, case.q, case.kv)
+    good = fi_backend.plan(SPEC, case.batch, Workspace())
+    PagedAttention(SPEC).run(good, case.q, case.kv)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_workers": 0}, "num_workers must be at least 1"),
+        ({"split_tokens": -2}, "split_tokens must be at least -1"),
+    ],
+)
+def test_bad_plans_are_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fi_backend.plan(SPEC, make_case().batch, Workspace(), **arguments)
