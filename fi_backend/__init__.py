@@ -64,6 +64,9 @@ _MODULE_OF = {
     "single_prefill_with_kv_cache_return_lse": "prefill",
 }
 
+# Reached as attributes too, as in fi_backend.decode.fast_decode_plan.
+_MODULES = frozenset(_MODULE_OF.values())
+
 __all__ = sorted(_MODULE_OF)
 __version__ = "0.1.0"
 
@@ -73,6 +76,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fi_backend.{_MODULE_OF[name]}"), name)
         globals()[name] = value  # the next access does not come here
         return value
+    if name in _MODULES:
+        return importlib.import_module(f"fi_backend.{name}")
     raise AttributeError(f"module 'fi_backend' has no attribute {name!r}")
 
 

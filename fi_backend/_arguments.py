@@ -173,7 +173,7 @@ def layer_spec(
         causal=causal and not custom_mask,
         window_left=window_left,
         logits_soft_cap=0.0 if logits_soft_cap is None else max(0.0, float(logits_soft_cap)),
-        sm_scale=1.0 / math.sqrt(head_dim_qk) if sm_scale is None else float(sm_scale),
+        sm_scale=1.0 / math.sqrt(max(head_dim_qk, 1)) if sm_scale is None else float(sm_scale),
         alibi=pos_encoding_mode == "ALIBI",
         sinks=sinks,
         custom_mask=custom_mask,
@@ -256,4 +256,6 @@ def combine_scales(
             product *= float(scale)
     if tensor is None:
         return product
-    return (tensor * product).expand(num_kv_heads).contiguous()
+    if product != 1.0:
+        tensor = tensor * product
+    return tensor.expand(num_kv_heads).contiguous()

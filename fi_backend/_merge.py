@@ -99,7 +99,8 @@ def merge_state(
     v = torch.empty(v_a.shape, dtype=v_a.dtype, device=v_a.device)
     s = torch.empty(s_a.shape, dtype=torch.float32, device=v_a.device)
     directly = runs_directly("merge_state", v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
-    (_merge_state_op if directly else _merge_state)(v_a, s_a, v_b, s_b, v, s)
+    run = _merge_state.direct if directly else _merge_state.traced
+    run(v_a, s_a, v_b, s_b, v, s)
     return v, s
 
 
@@ -129,7 +130,8 @@ def merge_state_in_place(
         )
         mask = mask.to(torch.bool)
     directly = runs_directly("merge_state_in_place", v=v, s=s, v_other=v_other, s_other=s_other)
-    (_merge_state_in_place_op if directly else _merge_state_in_place)(v, s, v_other, s_other, mask)
+    run = _merge_state_in_place.direct if directly else _merge_state_in_place.traced
+    run(v, s, v_other, s_other, mask)
 
 
 def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,5 +153,6 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     v_out = torch.empty((rows, heads, head_dim), dtype=v.dtype, device=v.device)
     s_out = torch.empty((rows, heads), dtype=torch.float32, device=v.device)
     directly = runs_directly("merge_states", v=v, s=s)
-    (_merge_states_op if directly else _merge_states)(v, s, v_out, s_out)
+    run = _merge_states.direct if directly else _merge_states.traced
+    run(v, s, v_out, s_out)
     return v_out, s_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fi_backend.checks import check_cpu, check_offsets, check_tensor
+from fi_backend.quantization import segment_packbits
 
 __all__ = [
     "check_bound",
@@ -124,40 +125,39 @@ def resolve_mask(
     """
     if custom_mask is None and packed_custom_mask is None:
         return None, None
-    bits = qo_lens.to(torch.int64) * kv_lens.to(torch.int64)
-    offsets = torch.zeros(bits.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum((bits + 7) // 8, 0, out=offsets[1:])
-    num_bytes = int(offsets[-1])
+    sizes = qo_lens.to(torch.int64) * kv_lens.to(torch.int64)
+    num_bytes = int(((sizes + 7) // 8).sum())
     if num_bytes > torch.iinfo(torch.int32).max:
         raise ValueError(f"custom_mask must pack into fewer than 2**31 bytes; got {num_bytes}")
-    if packed_custom_mask is not None:
-        check_tensor("packed_custom_mask", packed_custom_mask, shape=(None,), dtype=torch.uint8)
-        if packed_custom_mask.shape[0] < num_bytes:
-            raise ValueError(
-                f"packed_custom_mask must have {num_bytes} bytes, qo_len x kv_len bits of every "
-                f"request rounded up to bytes; got {packed_custom_mask.shape[0]}"
-            )
-        return packed_custom_mask.contiguous(), offsets.to(torch.int32)
-    assert custom_mask is not None
-    return _pack(custom_mask, bits, offsets), offsets.to(torch.int32)
+    if packed_custom_mask is None:
+        assert custom_mask is not None
+        return _pack(custom_mask, sizes)
+    check_tensor("packed_custom_mask", packed_custom_mask, shape=(None,), dtype=torch.uint8)
+    if packed_custom_mask.shape[0] < num_bytes:
+        raise ValueError(
+            f"packed_custom_mask must have {num_bytes} bytes, qo_len x kv_len bits of every "
+            f"request rounded up to bytes; got {packed_custom_mask.shape[0]}"
+        )
+    return packed_custom_mask.contiguous(), _starts((sizes + 7) // 8).to(torch.int32)
 
 
-def _pack(mask: torch.Tensor, bits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Pack flattened boolean masks, each request from a byte of its own, lowest bit first."""
+def _starts(sizes: torch.Tensor) -> torch.Tensor:
+    """Offsets int64 [n + 1] of n pieces that lie one after the other."""
+    return torch.nn.functional.pad(torch.cumsum(sizes, 0), (1, 0))
+
+
+def _pack(mask: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack flattened masks of `sizes` elements each; return (packed, byte offsets)."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(
             f"custom_mask must be a torch.Tensor of dtype torch.bool; "
             f"got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
-    total, num_bytes = int(bits.sum()), int(offsets[-1])
+    total = int(sizes.sum())
     if mask.numel() != total:
         raise ValueError(
             f"custom_mask must have {total} elements, qo_len x kv_len of every request; "
             f"got {mask.numel()}"
         )
-    # Bit i of request r moves from the flat mask's position to its place after padding.
-    shift = offsets[:-1] * 8 - (torch.cumsum(bits, 0) - bits)
-    padded = torch.zeros(num_bytes * 8, dtype=torch.uint8)
-    padded[torch.arange(total) + torch.repeat_interleave(shift, bits)] = mask.reshape(-1).byte()
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (padded.view(num_bytes, 8) * weights).sum(dim=1, dtype=torch.uint8)
+    packed, indptr = segment_packbits(mask.reshape(-1), _starts(sizes), bitorder="little")
+    return packed, indptr.to(torch.int32)

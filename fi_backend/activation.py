@@ -6,16 +6,13 @@ and the result is rounded once. `enable_pdl` concerns CUDA launches and changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fi_backend.kernels import activation as kernel
-from fi_backend.torch_ops import register, runs_directly
+from fi_backend.torch_ops import Op, register, runs_directly
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
-_Kernel = Callable[[torch.Tensor, torch.Tensor], None]
 _KERNEL_RANKS = (1, 2, 3)
 
 
@@ -50,7 +47,7 @@ def silu_and_mul(
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
         ValueError: a shape, stride or device is not allowed.
     """
-    return _gate("silu_and_mul", _silu_op, _silu, input, out)
+    return _gate("silu_and_mul", _silu, input, out)
 
 
 def gelu_and_mul(
@@ -60,19 +57,17 @@ def gelu_and_mul(
 
     Arguments and errors are those of :func:`silu_and_mul`.
     """
-    return _gate("gelu_and_mul", _gelu_op, _gelu, input, out)
+    return _gate("gelu_and_mul", _gelu, input, out)
 
 
 def gelu_tanh_and_mul(
     input: torch.Tensor, out: torch.Tensor | None = None, enable_pdl: bool | None = None
 ) -> torch.Tensor:
     """Use the tanh approximation of GELU; otherwise as :func:`gelu_and_mul`."""
-    return _gate("gelu_tanh_and_mul", _gelu_tanh_op, _gelu_tanh, input, out)
+    return _gate("gelu_tanh_and_mul", _gelu_tanh, input, out)
 
 
-def _gate(
-    operation: str, direct: _Kernel, op: _Kernel, input: torch.Tensor, out: torch.Tensor | None
-) -> torch.Tensor:
+def _gate(operation: str, op: Op, input: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     directly = runs_directly(operation, input=input)
     if out is None:
         if input.dim() == 0:
@@ -80,7 +75,7 @@ def _gate(
         out = input.new_empty((*input.shape[:-1], input.shape[-1] // 2))
     elif directly:
         directly = runs_directly(operation, out=out)
-    run = direct if directly else op
+    run = op.direct if directly else op.traced
     if input.dim() in _KERNEL_RANKS:
         run(out, input)
     else:

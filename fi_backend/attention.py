@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from fi_backend import env
+from fi_backend.attention_op import run_traced
 from fi_backend.checks import check_page_ids, check_tensor
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.planning import Plan
 from fi_backend.spec import AttentionSpec, supports
+from fi_backend.torch_ops import runs_directly
 
 __all__ = ["PagedAttention", "runtime_counters"]
 
@@ -107,7 +109,8 @@ class PagedAttention:
         self._check_extras(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
         out, lse = self._check_outputs(plan, q, out, lse, return_lse)
         batch = plan.batch
-        self._kernels.run(
+        launch = self._kernels.run if runs_directly("attention", q=q) else run_traced
+        launch(
             plan_buffer=plan.buffer,
             partials=plan.partials,
             q=q,
@@ -169,6 +172,11 @@ class PagedAttention:
             )
         if k.shape[0] != v.shape[0]:
             raise ValueError(f"k and v must have as many pages; got {k.shape[0]} and {v.shape[0]}")
+        if k.shape[0] < plan.num_ragged_rows:
+            raise ValueError(
+                f"k and v must have at least {plan.num_ragged_rows} rows, page_indptr[-1] at plan "
+                f"time; got {k.shape[0]}"
+            )
         if self._checked:
             _check_used_pages(plan, k.shape[0])
 
@@ -207,7 +215,9 @@ class PagedAttention:
             check_tensor(
                 "mask_indptr", mask_indptr, shape=(requests + 1,), dtype=torch.int32, device=device
             )
-            if int(mask_indptr[-1]) > custom_mask.shape[0]:
+            # A compiler sees no values; the eager run before it has checked them.
+            is_known = not torch.compiler.is_compiling()
+            if is_known and int(mask_indptr[-1]) > custom_mask.shape[0]:
                 raise ValueError(
                     f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; "
                     f"got {custom_mask.shape[0]}"

@@ -43,6 +43,13 @@ class PagedBatch:
     def device(self) -> torch.device:
         return self.qo_indptr.device
 
+    @property
+    def num_ragged_rows(self) -> int:
+        """Rows of k and v that a ragged batch covers, 0 for a paged one. Reads a host value."""
+        if self.page_indptr is None or self.page_indices is not None:
+            return 0
+        return int(self.page_indptr[-1])
+
     @classmethod
     def from_csr(
         cls,
@@ -92,6 +99,10 @@ class PagedBatch:
         check_offsets("qo_indptr", self.qo_indptr)
         check_lengths("kv_lens", self.kv_lens, longest=longest)
         if self.page_indptr is not None:
+            if self.page_indices is None and page_size != 1:
+                raise ValueError(
+                    f"page_size must be 1 for a batch without page_indices; got {page_size}"
+                )
             check_offsets("page_indptr", self.page_indptr)
             self._check_entries(self.page_indptr, page_size)
 

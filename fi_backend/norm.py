@@ -108,7 +108,7 @@ def _norm_to(
         out = torch.empty_like(input)
     elif directly:
         directly = runs_directly(operation, out=out)
-    run = _rmsnorm_op if directly else _rmsnorm
+    run = _rmsnorm.direct if directly else _rmsnorm.traced
     run(out, input, weight, eps, weight_bias)
     return out
 
@@ -135,7 +135,7 @@ def fused_add_rmsnorm(
         TypeError, ValueError: as :func:`rmsnorm`.
     """
     directly = runs_directly("fused_add_rmsnorm", input=input, residual=residual, weight=weight)
-    run = _fused_add_rmsnorm_op if directly else _fused_add_rmsnorm
+    run = _fused_add_rmsnorm.direct if directly else _fused_add_rmsnorm.traced
     run(input, residual, weight, eps, 0.0)
 
 
@@ -150,7 +150,7 @@ def gemma_fused_add_rmsnorm(
     directly = runs_directly(
         "gemma_fused_add_rmsnorm", input=input, residual=residual, weight=weight
     )
-    run = _fused_add_rmsnorm_op if directly else _fused_add_rmsnorm
+    run = _fused_add_rmsnorm.direct if directly else _fused_add_rmsnorm.traced
     run(input, residual, weight, eps, 1.0)
 
 
@@ -170,6 +170,6 @@ def layernorm(
     """
     directly = runs_directly("layernorm", input=input, gamma=gamma, beta=beta)
     out = torch.empty_like(input)
-    run = _layernorm_op if directly else _layernorm
+    run = _layernorm.direct if directly else _layernorm.traced
     run(out, input, gamma, beta, eps)
     return out

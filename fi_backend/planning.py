@@ -34,6 +34,7 @@ class Plan:
         partials: float32 scratch for the results of cut query tiles.
         num_workers: workers the line was divided among.
         num_tokens: query rows that the batch covers.
+        num_ragged_rows: rows of k and v that a ragged batch covers; 0 for a paged one.
     """
 
     geometry: Geometry
@@ -42,6 +43,7 @@ class Plan:
     partials: torch.Tensor
     num_workers: int
     num_tokens: int
+    num_ragged_rows: int
 
 
 def _partial_floats(spec: AttentionSpec, num_workers: int) -> int:
@@ -142,4 +144,5 @@ def plan(
         partials=workspace.partials(_partial_floats(spec, workers)),
         num_workers=workers,
         num_tokens=int(batch.qo_indptr[-1]),
+        num_ragged_rows=batch.num_ragged_rows,
     )

@@ -11,8 +11,8 @@ import math
 
 import torch
 
-from fi_backend.kernels import rope as kernel
-from fi_backend.torch_ops import register, runs_directly
+from fi_backend._rope_ops import COS_SIN, COS_SIN_INPLACE, ROPE, ROPE_INPLACE
+from fi_backend.torch_ops import runs_directly
 
 __all__ = [
     "apply_llama31_rope",
@@ -30,98 +30,6 @@ __all__ = [
 _Pair = tuple[torch.Tensor, torch.Tensor]
 # (slope, offset) of the ramp between scaled and unscaled frequencies: without one, all are scaled.
 _NO_RAMP = (0.0, 0.0)
-
-
-def _rope_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_rope: torch.Tensor,
-    k_rope: torch.Tensor,
-    pos_ids: torch.Tensor | None,
-    indptr: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    rotary_dim: int,
-    interleave: bool,
-    rope_scale: float,
-    rope_theta: float,
-    smooth_slope: float,
-    smooth_offset: float,
-) -> None:
-    kernel.rope(
-        q=q,
-        k=k,
-        q_out=q_rope,
-        k_out=k_rope,
-        pos_ids=pos_ids,
-        indptr=indptr,
-        offsets=offsets,
-        rotary_dim=rotary_dim,
-        interleave=interleave,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        smooth_slope=smooth_slope,
-        smooth_offset=smooth_offset,
-    )
-
-
-def _rope_inplace_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    pos_ids: torch.Tensor | None,
-    indptr: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    rotary_dim: int,
-    interleave: bool,
-    *frequencies: float,
-) -> None:
-    _rope_op(q, k, q, k, pos_ids, indptr, offsets, rotary_dim, interleave, *frequencies)
-
-
-def _cos_sin_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_rope: torch.Tensor,
-    k_rope: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    head_size: int,
-    interleave: bool,
-) -> None:
-    kernel.rope_cos_sin(
-        q=q,
-        k=k,
-        q_out=q_rope,
-        k_out=k_rope,
-        positions=positions,
-        cos_sin_cache=cos_sin_cache,
-        head_dim=head_size,
-        interleave=interleave,
-    )
-
-
-def _cos_sin_inplace_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    head_size: int,
-    interleave: bool,
-) -> None:
-    _cos_sin_op(q, k, q, k, positions, cos_sin_cache, head_size, interleave)
-
-
-_TO = "Tensor q, Tensor k, Tensor(a!) q_rope, Tensor(b!) k_rope"
-_IN = "Tensor(a!) q, Tensor(b!) k"
-_ROPE = (
-    "Tensor? pos_ids, Tensor? indptr, Tensor? offsets, int rotary_dim, bool interleave, "
-    "float rope_scale, float rope_theta, float smooth_slope, float smooth_offset"
-)
-_COS_SIN = "Tensor positions, Tensor cos_sin_cache, int head_size, bool interleave"
-
-_rope = register(f"rope({_TO}, {_ROPE}) -> ()", _rope_op)
-_rope_inplace = register(f"rope_inplace({_IN}, {_ROPE}) -> ()", _rope_inplace_op)
-_cos_sin = register(f"rope_cos_sin({_TO}, {_COS_SIN}) -> ()", _cos_sin_op)
-_cos_sin_inplace = register(f"rope_cos_sin_inplace({_IN}, {_COS_SIN}) -> ()", _cos_sin_inplace_op)
 
 
 def _apply(
@@ -146,10 +54,10 @@ def _apply(
         *ramp,
     )
     if inplace:
-        (_rope_inplace_op if directly else _rope_inplace)(q, k, *arguments)
+        (ROPE_INPLACE.direct if directly else ROPE_INPLACE.traced)(q, k, *arguments)
         return q, k
     q_rope, k_rope = torch.empty_like(q), torch.empty_like(k)
-    (_rope_op if directly else _rope)(q, k, q_rope, k_rope, *arguments)
+    (ROPE.direct if directly else ROPE.traced)(q, k, q_rope, k_rope, *arguments)
     return q_rope, k_rope
 
 
@@ -356,7 +264,7 @@ def apply_rope_with_cos_sin_cache(
     """
     directly = _check_cache(positions, query, key, cos_sin_cache)
     query_rope, key_rope = torch.empty_like(query), torch.empty_like(key)
-    run = _cos_sin_op if directly else _cos_sin
+    run = COS_SIN.direct if directly else COS_SIN.traced
     run(query, key, query_rope, key_rope, positions, cos_sin_cache, head_size, not is_neox)
     return query_rope, key_rope
 
@@ -371,7 +279,7 @@ def apply_rope_with_cos_sin_cache_inplace(
 ) -> None:
     """Rotate query and key in place; otherwise as :func:`apply_rope_with_cos_sin_cache`."""
     directly = _check_cache(positions, query, key, cos_sin_cache)
-    run = _cos_sin_inplace_op if directly else _cos_sin_inplace
+    run = COS_SIN_INPLACE.direct if directly else COS_SIN_INPLACE.traced
     run(query, key, positions, cos_sin_cache, head_size, not is_neox)
 
 

@@ -1,23 +1,30 @@
 """Our kernels as torch ops, so that torch.compile, export and fake tensors see them.
 
-A public function asks :func:`runs_directly` and then either calls its kernel, which costs no
-dispatch, or the op registered here, which a compiler can trace.
+A public function asks :func:`runs_directly` and then calls ``op.direct``, which costs no dispatch,
+or ``op.traced``, which a compiler can see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fi_backend.errors import UnsupportedError
 
-__all__ = ["register", "runs_directly"]
+__all__ = ["Op", "register", "runs_directly"]
 
 _library = torch.library.Library("fi_backend", "FRAGMENT")
 # Subclasses (fake tensors among them) have no memory that a kernel could read.
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class Op(NamedTuple):
+    """One kernel, to be called as it is or through torch's dispatcher."""
+
+    direct: Callable[..., Any]
+    traced: Callable[..., Any]
 
 
 def _returns_nothing(*args: Any, **kwargs: Any) -> None:
@@ -26,7 +33,7 @@ def _returns_nothing(*args: Any, **kwargs: Any) -> None:
 
 def register(
     schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] = _returns_nothing
-) -> Callable[..., Any]:
+) -> Op:
     """Define the op ``fi_backend::<schema>`` and return it.
 
     Args:
@@ -38,12 +45,11 @@ def register(
     name = schema.partition("(")[0]
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fi_backend::{name}", fake, lib=_library)
-    op: Callable[..., Any] = getattr(torch.ops.fi_backend, name).default
-    return op
+    return Op(direct=implementation, traced=getattr(torch.ops.fi_backend, name).default)
 
 
 def runs_directly(operation: str, /, **tensors: torch.Tensor) -> bool:
-    """Whether a kernel may be called on `tensors` now; else the registered op must be.
+    """Whether ``op.direct`` may be called on `tensors` now, else ``op.traced`` must be.
 
     Raises:
         TypeError: one of them is not a tensor.

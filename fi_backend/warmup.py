@@ -73,7 +73,7 @@ def specs_for_model(config: Mapping[str, Any]) -> list[KernelSpec]:
         }
         specs += [decode.decode_spec(**types), prefill.prefill_spec(**types)]
     specs += [
-        append_kv.append_spec(dtype, kv_dtype),
+        append_kv.append_spec(),
         merge.merge_spec(dtype, dtype),
         norm.norm_spec(dtype),
         rope.rope_spec(dtype),

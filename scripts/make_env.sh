@@ -34,7 +34,7 @@ install_lock() {
   stamp=".venv/.installed-$(sha256sum "$lock" | cut -c1-16)"
   [ -e "$stamp" ] && return
   say "installing $lock"
-  "${pip[@]}" install --quiet --no-compile --no-deps -r "$lock" || {
+  "${pip[@]}" install -qq --no-compile --no-deps -r "$lock" || {
     say "pip could not install $lock."
     say "If torch==2.13.0+cpu was not found, add PyTorch's CPU wheel index (download.pytorch.org/whl/cpu)"
     say "as an extra index in pip's configuration (PIP_EXTRA_INDEX_URL), and run this again."
@@ -69,7 +69,7 @@ fi
 
 if [ ! -e .venv/.installed-fi-backend ] || [ pyproject.toml -nt .venv/.installed-fi-backend ]; then
   say "installing fi-backend"
-  "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+  "${pip[@]}" install -qq --no-deps --no-build-isolation --editable .
   touch .venv/.installed-fi-backend
 fi
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -90,3 +92,10 @@ def test_other_aliases() -> None:
     with_lse = fi_backend.single_prefill_with_kv_cache_return_lse
     assert with_lse.func is fi_backend.single_prefill_with_kv_cache
     assert with_lse.keywords == {"return_lse": True}
+
+
+def test_modules_are_attributes_of_the_package() -> None:
+    """FlashInfer's callers write flashinfer.decode.fast_decode_plan after one import."""
+    code = "import fi_backend\nprint(fi_backend.decode.fast_decode_plan.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fast_decode_plan"

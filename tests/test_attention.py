@@ -176,6 +176,15 @@ def test_a_plan_for_another_geometry_is_refused(ready: tuple[Case, Plan]) -> Non
         windowed.run(plan, case.q, case.kv)
 
 
+def test_ragged_keys_must_cover_the_batch() -> None:
+    spec = dataclasses.replace(SPEC, page_size=1)
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    plan = fi_backend.plan(spec, PagedBatch.ragged(offsets, offsets), Workspace())
+    q, kv = torch.randn(4, 8, 64), torch.randn(3, 1, 2, 64)
+    with pytest.raises(ValueError, match=r"k and v must have at least 4 rows.*got 3"):
+        PagedAttention(spec).run(plan, q, (kv, kv))
+
+
 def test_checked_mode_finds_page_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     table = case.cache.block_table.clone()

@@ -66,6 +66,7 @@ CSR: dict[str, Any] = {
         (CSR | {"page_indptr": None, "page_indices": None}, ValueError, "got neither"),
         (CSR | {"page_indptr": i32(0, 2, 1)}, ValueError, r"page_indptr\[2\] = 1"),
         (CSR | {"page_indptr": i32(0, 2, 5)}, ValueError, "page_indices must have at least .*5"),
+        (CSR | {"page_indices": None}, ValueError, "page_size must be 1 .*got 4"),
         (CSR | {"kv_lens": i32(5, 9)}, ValueError, r"kv_lens\[1\] must be at most 8"),
     ],
 )

@@ -113,8 +113,9 @@ def test_sinks_are_honoured() -> None:
         (None, 0.5, 2.0),
         (2.0, torch.tensor(0.5), torch.tensor([3.0])),
         (0.5, torch.tensor([0.5, 2.0]), torch.tensor([2.0, 0.25])),
+        (torch.tensor([2.0]), torch.tensor([0.5, 2.0]), None),
     ],
-    ids=["floats", "tensors", "per head"],
+    ids=["floats", "tensors", "per head", "two tensors"],
 )
 def test_scales(q_scale: Any, k_scale: Any, v_scale: Any) -> None:
     """Scales act on q, k and v, so lse feels those of q and k alone."""
@@ -130,7 +131,7 @@ def test_scales(q_scale: Any, k_scale: Any, v_scale: Any) -> None:
         return torch.as_tensor(1.0 if scale is None else scale).expand(2)[:, None]
 
     scaled = Case(
-        [q * (1.0 if q_scale is None else q_scale) for q in case.q],
+        [q * (1.0 if q_scale is None else float(q_scale)) for q in case.q],
         [k * spread(k_scale) for k in case.k],
         [v * spread(v_scale) for v in case.v],
     )
@@ -215,25 +216,24 @@ def test_q_len_per_req_is_checked() -> None:
         )
 
 
-@pytest.mark.parametrize("fixed_split_size", [1, 4])
-def test_fixed_split_makes_bits_independent_of_batch_mates(fixed_split_size: int) -> None:
-    case = make_case([1] * 4, [300, 7, 129, 64])
-    alone = Case(case.q[:1], case.k[:1], case.v[:1])
+@pytest.mark.parametrize(
+    "split", [{"fixed_split_size": 8}, {"disable_split_kv": True}, {}], ids=str
+)
+def test_split_options_make_bits_independent_of_batch_mates(
+    split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them the cuts follow the whole batch, and rounding with them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    case = make_case([1] * 3, [4000, 900, 2500])
     outs = []
-    for one in (case, alone):
+    for one in (case, Case(case.q[:1], case.k[:1], case.v[:1])):
         table = one.paged(16)
         wrapper = decode_wrapper()
-        plan_decode(wrapper, one, table, 16, fixed_split_size=fixed_split_size)
-        outs.append(wrapper.run(one.rows, table.cache)[0])
-    assert torch.equal(*outs)
-
-
-def test_disable_split_kv() -> None:
-    case = make_case([1], [300])
-    table = case.paged(16)
-    wrapper = decode_wrapper()
-    plan_decode(wrapper, case, table, 16, disable_split_kv=True)
-    assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
+        plan_decode(wrapper, one, table, 16, **split)
+        state = wrapper.run_return_lse(one.rows, table.cache)
+        assert_state(state, one.expected())
+        outs.append(state[0][0])
+    assert torch.equal(*outs) == bool(split)
 
 
 def test_forward_replaces_the_planned_options() -> None:
@@ -289,6 +289,15 @@ def test_single_decode(kv_layout: str, options: dict[str, Any]) -> None:
     assert_state((out[None], lse[None]), case.expected(**options))
     alone = fi.single_decode_with_kv_cache(q, k, v, kv_layout=kv_layout, **options)
     assert torch.equal(alone, out)
+
+
+def test_last_page_len_of_a_request_without_pages_does_not_count() -> None:
+    case = make_case([1] * 3, [5, 0, 9])
+    table = case.paged(4)
+    table.last_page_len[1] = 3
+    wrapper = decode_wrapper()
+    plan_decode(wrapper, case, table, 4)
+    assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
 
 
 def test_single_decode_scales_and_positions() -> None:

@@ -128,6 +128,8 @@ def test_workspace_of_the_stated_size_is_used_and_enough() -> None:
         ({"last_page_len": int32([-1, 1])}, ValueError, r"last_page_len\[0\] = -1"),
         ({"num_kv_heads": 3}, UnsupportedError, "num_qo_heads must be a positive multiple"),
         ({"head_dim": 60}, UnsupportedError, "head_dim_qk must be a multiple of 8"),
+        ({"head_dim": 0}, UnsupportedError, "head_dim_qk must be a multiple of 8 up to 512; got 0"),
+        ({"num_qo_heads": 0}, UnsupportedError, "num_qo_heads must be a positive multiple"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
         ({"q_data_type": "float99"}, TypeError, "q_data_type must be a torch.dtype"),
         ({"q_data_type": torch.float64}, UnsupportedError, "q_dtype must be one of"),

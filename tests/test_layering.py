@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fi_backend"
 
 LEAVES = {"errors", "env"}
-DATA = {"spec", "batch", "workspace", "checks"}
-CORE = {"planning", "attention"}
+DATA = {"spec", "batch", "workspace", "checks", "torch_ops"}
+CORE = {"planning", "attention", "attention_op"}
 TOP = {"cli", "warmup", "__init__"}
 
 

@@ -55,6 +55,16 @@ def test_keys_before_and_after_the_requests_are_not_read() -> None:
     assert_state(wrapper.run_return_lse(case.rows, k, v), case.expected())
 
 
+def test_tensors_may_be_slices_of_one_projection() -> None:
+    case = make_case([6, 3], [6, 3])
+    fused = torch.cat((case.rows, *case.ragged()), dim=1)
+    q, k, v = fused.split([4, 2, 2], dim=1)
+    assert not q.is_contiguous()
+    wrapper = make_wrapper()
+    plan(wrapper, case, causal=True)
+    assert_state(wrapper.run_return_lse(q, k, v), case.expected(causal=True))
+
+
 def test_value_heads_may_differ_in_size() -> None:
     case = make_case(QO_LENS, KV_LENS, head_dim=64, head_dim_vo=32)
     wrapper = make_wrapper()

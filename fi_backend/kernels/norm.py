@@ -38,9 +38,7 @@ def rmsnorm(
         eps: added to the mean square.
         weight_bias: added to `weight`: 1.0 for Gemma's convention, else 0.0.
     """
-    _rmsnorm[input.dtype](
-        input, weight, out, residual, eps, weight_bias, torch.get_num_threads()
-    )
+    _rmsnorm[input.dtype](input, weight, out, residual, eps, weight_bias, torch.get_num_threads())
 
 
 def layernorm(

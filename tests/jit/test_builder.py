@@ -203,7 +203,9 @@ def test_disabled_jit_compiles_nothing(
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores to pin to one of them")
-def test_pinned_worker_builds_on_every_core(output: Callable[..., str], compiler: CountingCompiler):
+def test_pinned_worker_builds_on_every_core(
+    output: Callable[..., str], compiler: CountingCompiler
+) -> None:
     before = sorted(os.sched_getaffinity(0))
     code = (
         f"import os; os.sched_setaffinity(0, {{{before[0]}}}); build([spec(2)]); "

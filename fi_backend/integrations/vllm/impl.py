@@ -211,9 +211,6 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         bound = self._bound
         if bound is None or not bound.fits(kv_cache, bound.causal):
             bound = self._bind(kv_cache, key.dtype, self.attn_type == AttentionType.DECODER)
-        slots = slot_mapping.shape[0]
-        if key.shape[0] != slots:
-            key, value = key[:slots], value[:slots]
         append_to_cache(
             key,
             value,

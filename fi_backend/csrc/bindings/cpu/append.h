@@ -55,8 +55,8 @@ inline AppendParams append_params(const TensorView& key, const TensorView& value
                kCpu);
   const int64_t num_pages = key_cache.size(0), page_size = key_cache.size(1);
   const int64_t dim_vo = value.size(2);
-  check_tensor("value_cache", value_cache, key_cache.dtype(),
-               {num_pages, page_size, heads, dim_vo}, kCpu);
+  check_tensor("value_cache", value_cache, key_cache.dtype(), {num_pages, page_size, heads, dim_vo},
+               kCpu);
   if (cpu::find_conversion(in, out) == nullptr) {
     TVM_FFI_THROW(TypeError) << "key_cache: dtype must be that of an fp8 key, "
                              << tvm::ffi::DLDataTypeToString(key.dtype()) << ", got "
@@ -119,8 +119,7 @@ inline void append_slots(TensorView key, TensorView value, TensorView key_cache,
     if (placement == cpu::Placement::kOutside) {
       TVM_FFI_THROW(ValueError) << "slot_mapping: must be below " << params.num_pages << " pages * "
                                 << params.page_size << " tokens (negative: skip), got slot_mapping["
-                                << i << "] = "
-                                << cpu::IndexArray{params.slot_mapping, is_int64}[i];
+                                << i << "] = " << cpu::IndexArray{params.slot_mapping, is_int64}[i];
     }
     if (i >= key.size(0)) {
       TVM_FFI_THROW(ValueError) << "slot_mapping: entries past the " << key.size(0)
@@ -176,11 +175,11 @@ inline void append_positions(TensorView key, TensorView value, TensorView key_ca
   for (int64_t i = 0; i < num_tokens; ++i) {
     cpu::CacheRow at;
     if (cpu::place_token(params, i, &at) == cpu::Placement::kOutside) {
-      TVM_FFI_THROW(ValueError) << "batch_indices and positions: must name a token inside the pages "
-                                << "of one of " << params.num_requests << " requests and of "
-                                << params.num_pages << " cached pages, got request "
-                                << params.batch_indices[i] << " and position "
-                                << params.positions[i] << " at index " << i;
+      TVM_FFI_THROW(ValueError)
+          << "batch_indices and positions: must name a token inside the pages "
+          << "of one of " << params.num_requests << " requests and of " << params.num_pages
+          << " cached pages, got request " << params.batch_indices[i] << " and position "
+          << params.positions[i] << " at index " << i;
     }
   }
 
@@ -219,8 +218,7 @@ inline void batch_positions(TensorView append_indptr, TensorView seq_lens, Tenso
     begin = end;
   }
 
-  cpu::batch_positions(indptr, lens, num_requests,
-                       static_cast<int32_t*>(batch_indices.data_ptr()),
+  cpu::batch_positions(indptr, lens, num_requests, static_cast<int32_t*>(batch_indices.data_ptr()),
                        static_cast<int32_t*>(positions.data_ptr()), num_rows);
 }
 

@@ -21,12 +21,13 @@ Heads check_heads(const char* name, const TensorView& tensor, int64_t head_dim) 
       TVM_FFI_THROW(ValueError) << name << ": the last dimension must be a multiple of head_size "
                                 << head_dim << ", got " << tensor.size(1);
     }
-    return {tensor.size(0), static_cast<int32_t>(tensor.size(1) / head_dim),
+    return {tensor.size(0),
+            static_cast<int32_t>(tensor.size(1) / head_dim),
             {tensor.stride(0), head_dim}};
   }
   check_tensor(name, tensor, kDtypeOf<T>, {kAnySize, kAnySize, head_dim}, kCpu);
-  return {tensor.size(0), static_cast<int32_t>(tensor.size(1)),
-          {tensor.stride(0), tensor.stride(1)}};
+  return {
+      tensor.size(0), static_cast<int32_t>(tensor.size(1)), {tensor.stride(0), tensor.stride(1)}};
 }
 
 template <class T>
@@ -41,10 +42,8 @@ RopeParams rope_params(const TensorView& q, const TensorView& k, const TensorVie
     TVM_FFI_THROW(ValueError) << "k: must have as many tokens as q, " << heads_q.num_tokens
                               << ", got " << heads_k.num_tokens;
   }
-  if (heads_q_out.num_tokens != heads_q.num_tokens ||
-      heads_q_out.num_heads != heads_q.num_heads ||
-      heads_k_out.num_tokens != heads_k.num_tokens ||
-      heads_k_out.num_heads != heads_k.num_heads) {
+  if (heads_q_out.num_tokens != heads_q.num_tokens || heads_q_out.num_heads != heads_q.num_heads ||
+      heads_k_out.num_tokens != heads_k.num_tokens || heads_k_out.num_heads != heads_k.num_heads) {
     TVM_FFI_THROW(ValueError) << "q_out and k_out: shapes must be those of q and k, got "
                               << shape_text(q_out.shape().data(), q_out.shape().size()) << " and "
                               << shape_text(k_out.shape().data(), k_out.shape().size());
@@ -95,8 +94,7 @@ void rope(TensorView q, TensorView k, TensorView q_out, TensorView k_out,
           int64_t rotary_dim, bool interleave, double rope_scale, double rope_theta,
           double smooth_slope, double smooth_offset, int64_t num_threads) {
   if (q.ndim() != 3 || k.ndim() != 3) {
-    TVM_FFI_THROW(ValueError) << "q and k: rank must be 3, got " << q.ndim() << " and "
-                              << k.ndim();
+    TVM_FFI_THROW(ValueError) << "q and k: rank must be 3, got " << q.ndim() << " and " << k.ndim();
   }
   RopeParams params = rope_params<T>(q, k, q_out, k_out, q.size(2), rotary_dim, interleave);
   if (!(rope_scale > 0) || !(rope_theta > 0)) {
@@ -134,14 +132,14 @@ void rope(TensorView q, TensorView k, TensorView q_out, TensorView k_out,
 // cos_sin_cache float32 [max_position, rotary_dim].
 template <class T>
 void rope_cos_sin(TensorView q, TensorView k, TensorView q_out, TensorView k_out,
-                  TensorView positions, TensorView cos_sin_cache, int64_t head_dim,
-                  bool interleave, int64_t num_threads) {
+                  TensorView positions, TensorView cos_sin_cache, int64_t head_dim, bool interleave,
+                  int64_t num_threads) {
   check_tensor("cos_sin_cache", cos_sin_cache, kDtypeOf<float>, {kAnySize, kAnySize}, kCpu);
   if (head_dim < 1) {
     TVM_FFI_THROW(ValueError) << "head_size: must be at least 1, got " << head_dim;
   }
-  RopeParams params = rope_params<T>(q, k, q_out, k_out, head_dim, cos_sin_cache.size(1),
-                                     interleave);
+  RopeParams params =
+      rope_params<T>(q, k, q_out, k_out, head_dim, cos_sin_cache.size(1), interleave);
   params.pos_ids_is_int64 = check_index_tensor("positions", positions, params.num_tokens, kCpu);
   params.pos_ids = positions.data_ptr();
   const cpu::IndexArray ids = {params.pos_ids, params.pos_ids_is_int64};

@@ -127,7 +127,7 @@ inline void store_fp8(void* p, VecF v) {
   const VecU normal = (rounded - ((127 - kBias) << 23)) >> kShift;
   const VecU finite = bits < kSmallestNormal ? subnormal : normal;
   const VecU code = magnitude > 0x7f800000u ? VecU{} + 0x7fu : finite;
-  const VecU8 narrow = __builtin_convertvector(code | as_bits(v) >> 24 & 0x80u, VecU8);
+  const VecU8 narrow = __builtin_convertvector(code | ((as_bits(v) >> 24) & 0x80u), VecU8);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
 inline void store(e4m3* p, VecF v) { store_fp8<4, 3, 0x43e00000u>(p, v); }  // 448

@@ -22,25 +22,25 @@ struct RopeStrides {
 // with s = clamp(theta^(-2i / rotary_dim) * smooth_slope + smooth_offset, 0, 1): all 0 for plain
 // scaling, else the ramp of Llama 3.1. With a cos_sin_cache, angles come from there instead.
 struct RopeParams {
-  const void* q;             // [num_tokens, num_qo_heads, head_dim]
-  const void* k;             // [num_tokens, num_kv_heads, head_dim]
-  void* q_out;               // [num_tokens, num_qo_heads, head_dim]
-  void* k_out;               // [num_tokens, num_kv_heads, head_dim]
-  const void* pos_ids;       // [num_tokens], int32 or int64; nullptr = the other form
-  const void* indptr;        // [num_requests + 1], int32 or int64
-  const void* offsets;       // [num_requests], int32 or int64
-  const float* cos_sin;      // [max_position, rotary_dim], cosines then sines; nullptr = computed
-  RopeStrides q_strides;     // in elements, as all strides here
+  const void* q;          // [num_tokens, num_qo_heads, head_dim]
+  const void* k;          // [num_tokens, num_kv_heads, head_dim]
+  void* q_out;            // [num_tokens, num_qo_heads, head_dim]
+  void* k_out;            // [num_tokens, num_kv_heads, head_dim]
+  const void* pos_ids;    // [num_tokens], int32 or int64; nullptr = the other form
+  const void* indptr;     // [num_requests + 1], int32 or int64
+  const void* offsets;    // [num_requests], int32 or int64
+  const float* cos_sin;   // [max_position, rotary_dim], cosines then sines; nullptr = computed
+  RopeStrides q_strides;  // in elements, as all strides here
   RopeStrides k_strides;
   RopeStrides q_out_strides;
   RopeStrides k_out_strides;
-  int64_t cos_sin_stride;    // of a position
+  int64_t cos_sin_stride;  // of a position
   int64_t num_tokens;
   int32_t num_requests;
   int32_t num_qo_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t rotary_dim;        // even
+  int32_t rotary_dim;  // even
   float rope_scale;
   float rope_theta;
   float smooth_slope;

@@ -1,70 +1,39 @@
 // Attention of one work item on one worker: query rows in blocks, keys in tiles.
 #pragma once
 
-#include <fi_backend/attention/cpu/load_tile.h>
+#include <fi_backend/attention/cpu/kv_tile.h>
+#include <fi_backend/attention/cpu/query_tile.h>
 #include <fi_backend/attention/cpu/scores.h>
-#include <fi_backend/attention/cpu/scratch.h>
-#include <fi_backend/attention/cpu/softmax.h>
-#include <fi_backend/attention/cpu/values.h>
-#include <fi_backend/plan/work_pieces.h>
-
-#include <algorithm>
 
 namespace fi::cpu {
 
-// Traits: Q, Kv, Out (element types), kHeadDimQk, kHeadDimVo, kLine.
 template <class Traits>
 class Attend {
  public:
-  using Q = typename Traits::Q;
-  using Kv = typename Traits::Kv;
   using Out = typename Traits::Out;
-  using C = ComputeType<Q, Kv>;
-  static constexpr int kQk = Traits::kHeadDimQk;
-  static constexpr int kVo = Traits::kHeadDimVo;
-  static constexpr int kQkPadded = static_cast<int>(round_up(kQk, kLanes));
-  static constexpr int kColumns = static_cast<int>(round_up(kVo, kLanes));
-  static constexpr int kQkWords = kQk / kPerWord<C>;
-  static constexpr int kTileRows =
-      Traits::kLine == kFewRows ? kFewRowsLimit : many_row_tile(kQk, kVo);
-  static constexpr int kNumBlocks = (kTileRows + kBlockRows - 1) / kBlockRows;
+  using Shape = TileShape<Traits>;
+  using C = typename Shape::C;
 
-  Attend(const AttentionParams& params, const WorkGeometry& geometry, float* scratch_base)
-      : params_(params), geometry_(geometry) {
-    Scratch scratch(scratch_base);
-    const int rows = std::max<int>(kTileRows, kLanes);
-    q_ = scratch.take<float>(int64_t{rows} * kQkPadded);
-    o_ = scratch.take<float>(int64_t{rows} * kColumns);
-    max_ = scratch.take<float>(rows);
-    sum_ = scratch.take<float>(rows);
-    alpha_ = scratch.take<float>(rows);
-    slope_ = scratch.take<float>(rows);
-    first_ = scratch.take<int32_t>(rows);
-    last_ = scratch.take<int32_t>(rows);
-    position_ = scratch.take<int32_t>(rows);
-    scores_ = scratch.take<float>(int64_t{kTileKeys + kKeyPadding} * kBlockRows);
-    k_tile_ = scratch.take<C>(int64_t{kTileKeys} * kQkPadded);
-    v_tile_ = scratch.take<float>(int64_t{kTileKeys + kKeyPadding} * kColumns);
-    k_rows_ = scratch.take<const Kv*>(kTileKeys + kKeyPadding);
-    v_rows_ = scratch.take<const Kv*>(kTileKeys + kKeyPadding);
-    k_words_ = scratch.take<const float*>(kTileKeys + kKeyPadding);
-    v_words_ = scratch.take<const float*>(kTileKeys + kKeyPadding);
-    row_ = scratch.take<float>(std::max(kQkPadded, kColumns));
-    zeros_ = scratch.take<float>(std::max(kQkPadded, kColumns));
-    std::fill_n(zeros_, std::max(kQkPadded, kColumns), 0.0f);
-    angles_ = scratch.take<RotaryAngles<kQk>>(1);
-    if (has_rope()) angles_->init(params.rope_scale, params.rope_theta);
+  Attend(const AttentionParams& params, const WorkGeometry& geometry, Scratch scratch)
+      : params_(params),
+        geometry_(geometry),
+        queries_(params, geometry, scratch),
+        keys_(params, scratch) {
+    o_ = scratch.take<float>(int64_t{kStateRows} * Shape::kColumns);
+    scores_ = scratch.take<float>(int64_t{Shape::kKeys + kKeyPadding} * kMaxWidth);
+    auto* angles = scratch.take<RotaryAngles<Shape::kQk>>(1);
+    if (params.rope_theta != 0.0f) {
+      angles->init(params.rope_scale, params.rope_theta);
+      angles_ = angles;
+    }
   }
 
   // Read the item's query rows and what each may see.
   void begin_item(const WorkPiece& piece) {
-    request_ = piece.request;
-    kv_head_ = piece.kv_head;
-    first_row_ = int64_t{piece.q_tile} * geometry_.tile_rows;
-    num_rows_ = piece.num_rows;
-    qo_begin_ = piece.qo_begin;
+    piece_ = piece;
+    const int head = piece.kv_head;
     const float k_scale =
-        params_.k_scale != nullptr ? params_.k_scale[kv_head_] : params_.k_scale_value;
+        params_.k_scale != nullptr ? params_.k_scale[head] : params_.k_scale_value;
     logits_.scale = params_.sm_scale * k_scale;
     logits_.soft_cap = params_.soft_cap;
     logits_.has_alibi = params_.alibi_slopes != nullptr;
@@ -73,198 +42,155 @@ class Attend {
                        : params_.custom_mask + params_.mask_indptr[piece.request];
     logits_.kv_len = piece.kv_len;
     logits_.qo_len = piece.qo_len;
-    for (int row = 0; row < num_rows_; row += kBlockRows) begin_block(piece, row);
+    queries_.load(piece, angles_);
   }
 
-  // Attend to keys [tokens.begin, tokens.end) from an empty state.
-  void attend(KvRange tokens) {
-    for (int b = 0; b * kBlockRows < num_rows_; ++b) {
-      const RowBlock& block = blocks_[b];
+  // Attend to some of the item's keys from an empty state. `next` is what comes after them: more
+  // keys of this item, or the first of another.
+  void attend(KvRange tokens, const KeyRange& next) {
+    for (int b = 0; b < queries_.num_blocks(); ++b) {
+      const RowBlock& block = queries_.block(b);
       std::fill_n(block.max, block.num_lanes(), -INFINITY);
       std::fill_n(block.sum, block.num_lanes(), 0.0f);
     }
-    std::fill_n(o_, int64_t{num_rows_} * kColumns, 0.0f);
+    std::fill_n(is_empty_, Shape::kNumBlocks, true);
     for (int32_t key = tokens.begin; key < tokens.end;) {
-      const int num_keys = std::min<int32_t>(kTileKeys, tokens.end - key);
-      attend_tile(key, num_keys);
-      key += num_keys;
+      const KeyRange keys = tile_of(piece_, {key, tokens.end});
+      keys_.load(keys, queries_.block(0).keys_per_vector(), angles_);
+      key += keys.count;
+      if constexpr (Shape::kLine == kFewRows) {
+        keys_.look_ahead(key < tokens.end ? tile_of(piece_, {key, tokens.end}) : next);
+      }
+      attend_tile(keys);
     }
-    for (int b = 0; b * kBlockRows < num_rows_; ++b) fold_sums(blocks_[b]);
+    for (int b = 0; b < queries_.num_blocks(); ++b) {
+      fold_sums(queries_.block(b));
+      if (is_empty_[b]) {
+        std::fill_n(o_row(b * kBlockRows), int64_t{queries_.block(b).num_rows} * Shape::kColumns,
+                    0.0f);
+      }
+    }
+  }
+
+  // The first tile of some keys of an item.
+  static KeyRange tile_of(const WorkPiece& piece, KvRange tokens) {
+    const int32_t left = tokens.end - tokens.begin;
+    return {piece.request, piece.kv_head, tokens.begin, std::min<int32_t>(Shape::kKeys, left)};
   }
 
   // Store the state: [num_rows, kVo + kPartialTail].
   void save_state(float* partial) const {
-    for (int row = 0; row < num_rows_; ++row, partial += kVo + kPartialTail) {
-      std::copy_n(o_ + int64_t{row} * kColumns, kVo, partial);
-      partial[kVo] = max_[row];
-      partial[kVo + 1] = sum_[row];
+    for (int row = 0; row < piece_.num_rows; ++row, partial += kPartialSize) {
+      std::copy_n(o_row(row), Shape::kVo, partial);
+      partial[Shape::kVo] = queries_.max()[row];
+      partial[Shape::kVo + 1] = queries_.sum()[row];
     }
   }
   void load_state(const float* partial) {
-    for (int row = 0; row < num_rows_; ++row, partial += kVo + kPartialTail) {
-      std::copy_n(partial, kVo, o_ + int64_t{row} * kColumns);
-      max_[row] = partial[kVo];
-      sum_[row] = partial[kVo + 1];
+    for (int row = 0; row < piece_.num_rows; ++row, partial += kPartialSize) {
+      std::copy_n(partial, Shape::kVo, o_row(row));
+      queries_.max()[row] = partial[Shape::kVo];
+      queries_.sum()[row] = partial[Shape::kVo + 1];
     }
   }
   // Add a stored state to the current one.
   void merge_state(const float* partial) {
-    for (int row = 0; row < num_rows_; ++row, partial += kVo + kPartialTail) {
-      const float merged = std::max(max_[row], partial[kVo]);
+    for (int row = 0; row < piece_.num_rows; ++row, partial += kPartialSize) {
+      float& top = queries_.max()[row];
+      float& sum = queries_.sum()[row];
+      const float merged = std::max(top, partial[Shape::kVo]);
       if (merged == -INFINITY) continue;
-      const float mine = std::exp2(max_[row] - merged);
-      const float other = std::exp2(partial[kVo] - merged);
-      float* o = o_ + int64_t{row} * kColumns;
-      for (int d = 0; d < kVo; ++d) o[d] = o[d] * mine + partial[d] * other;
-      sum_[row] = sum_[row] * mine + partial[kVo + 1] * other;
-      max_[row] = merged;
+      const float mine = std::exp2(top - merged);
+      const float other = std::exp2(partial[Shape::kVo] - merged);
+      float* o = o_row(row);
+      for (int d = 0; d < Shape::kVo; ++d) o[d] = o[d] * mine + partial[d] * other;
+      sum = sum * mine + partial[Shape::kVo + 1] * other;
+      top = merged;
     }
   }
 
   // Normalise the state and write it to out and lse.
   void write_output() const {
-    const float v_scale =
-        params_.v_scale != nullptr ? params_.v_scale[kv_head_] : params_.v_scale_value;
-    for (int row = 0; row < num_rows_; ++row) {
-      const int64_t packed = first_row_ + row;
-      const int64_t token = qo_begin_ + packed / geometry_.group_size;
-      const int64_t head = kv_head_ * geometry_.group_size + packed % geometry_.group_size;
-      float sum = sum_[row];
-      float lse = -INFINITY;
-      float factor = 0.0f;
-      if (sum != 0.0f) {
-        // Logits count ALiBi distance from the row's own position, callers from query 0.
-        const float origin = slope_[row] * static_cast<float>(logits_.kv_len - logits_.qo_len);
-        float scale = 1.0f;
-        float top = max_[row];
-        if (params_.sinks != nullptr) {
-          const float sink = params_.sinks[head] * kLog2e - origin;
-          top = std::max(top, sink);
-          scale = std::exp2(max_[row] - top);
-          sum = sum * scale + std::exp2(sink - top);
-        }
-        lse = top + std::log2(sum) + origin;
-        factor = scale / sum * v_scale;
-      }
-      float* o = o_ + int64_t{row} * kColumns;
-      for (int d = 0; d < kColumns; d += kLanes) {
-        store(o + d, factor == 0.0f ? VecF{} : load(o + d) * factor);
-      }
-      narrow_row(o, kVo,
-                 static_cast<Out*>(params_.out) + token * params_.out_row_stride +
-                     head * params_.out_head_stride);
-      if (params_.lse != nullptr) {
-        params_.lse[token * params_.lse_row_stride + head * params_.lse_head_stride] = lse;
-      }
+    for (int row = 0; row < piece_.num_rows; ++row) {
+      const PackedRow& packed = queries_.packed_row(row);
+      const int64_t token = int64_t{piece_.qo_begin} + packed.token;
+      float* lse = params_.lse == nullptr ? nullptr
+                                          : params_.lse + token * params_.lse_row_stride +
+                                                packed.head * params_.lse_head_stride;
+      const float factor = finish_row(row, packed.head, lse);
+      const float* o = o_row(row);
+      Out* out = static_cast<Out*>(params_.out) + token * params_.out_row_stride +
+                 packed.head * params_.out_head_stride;
+      for_each_vector(Shape::kVo, [&](int d, int count) {
+        store_some(out + d, factor == 0.0f ? VecF{} : load(o + d) * factor, count);
+      });
     }
   }
 
  private:
-  static constexpr bool kReadsKInPlace = std::is_same_v<Kv, C>;
-  static constexpr bool kReadsVInPlace = std::is_same_v<Kv, float> && kVo % kLanes == 0;
+  static constexpr int kStateRows = std::max<int>(Shape::kRows, kLanes);
+  static constexpr int kMaxWidth =
+      Shape::kLine == kFewRows ? std::max<int>(kFewRowsLimit, kLanes) : kBlockRows;
+  static constexpr int kPartialSize = Shape::kVo + kPartialTail;
 
-  bool has_rope() const { return params_.rope_theta != 0.0f; }
+  float* o_row(int row) const { return o_ + int64_t{row} * Shape::kColumns; }
 
-  void begin_block(const WorkPiece& piece, int row_begin) {
-    RowBlock& block = blocks_[row_begin / kBlockRows];
-    block.num_rows = std::min(kBlockRows, num_rows_ - row_begin);
-    block.width = static_cast<int>(round_up(block.num_rows, kLanes));
-    block.max = max_ + row_begin;
-    block.sum = sum_ + row_begin;
-    block.alpha = alpha_ + row_begin;
-    block.slope = slope_ + row_begin;
-    block.first = first_ + row_begin;
-    block.last = last_ + row_begin;
-    block.position = position_ + row_begin;
-    block.some_begin = block.all_end = piece.kv_len;
-    block.some_end = block.all_begin = 0;
-    C* q = reinterpret_cast<C*>(q_ + int64_t{row_begin} * kQkPadded);
-    std::fill_n(reinterpret_cast<float*>(q), int64_t{kQkWords} * block.width, 0.0f);
-    for (int lane = 0; lane < block.num_lanes(); ++lane) {
-      // Rows that do not exist see what the last row sees.
-      const int row = std::min(lane % block.width, block.num_rows - 1);
-      const int64_t packed = first_row_ + row_begin + row;
-      const int32_t token = static_cast<int32_t>(packed / geometry_.group_size);
-      const int64_t head = kv_head_ * geometry_.group_size + packed % geometry_.group_size;
-      const KvRange seen = visible_tokens(geometry_, piece.qo_len, piece.kv_len, token);
-      const int32_t key_offset = lane / block.width;
-      block.first[lane] = seen.begin - key_offset;
-      block.last[lane] = seen.end - 1 - key_offset;
-      block.position[lane] = piece.kv_len - piece.qo_len + token - key_offset;
-      block.slope[lane] = logits_.has_alibi ? params_.alibi_slopes[head] * kLog2e : 0.0f;
-      block.some_begin = std::min(block.some_begin, seen.begin);
-      block.some_end = std::max(block.some_end, seen.end);
-      block.all_begin = std::max(block.all_begin, seen.begin);
-      block.all_end = std::min(block.all_end, seen.end);
-      if (lane < block.num_rows) {
-        const Q* source = static_cast<const Q*>(params_.q) +
-                          (qo_begin_ + token) * params_.q_row_stride + head * params_.q_head_stride;
-        widen_row(source, kQk, row_);
-        if (has_rope()) {
-          angles_->seek(int64_t{piece.kv_len} - piece.qo_len + token);
-          angles_->rotate(row_);
-        }
-        for (int d = 0; d < kQk; ++d) {
-          const int64_t word = int64_t{d / kPerWord<C>} * block.width + lane;
-          q[word * kPerWord<C> + d % kPerWord<C>] = from_float<C>(row_[d]);
-        }
-      }
+  // Write a row's lse, if wanted, and return the factor from its state to its output: 0 where it
+  // saw no key.
+  float finish_row(int row, int head, float* lse) const {
+    float sum = queries_.sum()[row];
+    if (sum == 0.0f) {
+      if (lse != nullptr) *lse = -INFINITY;
+      return 0.0f;
+    }
+    // Logits count ALiBi distance from the row's own position, callers from query 0.
+    const float origin = queries_.slope(row) * static_cast<float>(piece_.kv_len - piece_.qo_len);
+    float top = queries_.max()[row];
+    float scale = 1.0f;
+    if (params_.sinks != nullptr) {
+      const float sink = params_.sinks[head] * kLog2e - origin;
+      const float merged = std::max(top, sink);
+      scale = std::exp2(top - merged);
+      sum = sum * scale + std::exp2(sink - merged);
+      top = merged;
+    }
+    if (lse != nullptr) *lse = top + std::log2(sum) + origin;
+    const float v_scale =
+        params_.v_scale != nullptr ? params_.v_scale[piece_.kv_head] : params_.v_scale_value;
+    return scale / sum * v_scale;
+  }
+
+  void attend_tile(const KeyRange& keys) {
+    const int32_t end_key = keys.first + keys.count;
+    for (int b = 0; b < queries_.num_blocks(); ++b) {
+      const RowBlock& block = queries_.block(b);
+      const int seen = std::min(end_key, block.some_end) - keys.first;
+      if (seen <= 0 || block.some_begin >= end_key) continue;
+      score(block, queries_.block_q(b), seen);
+      const int num_steps = softmax_tile<C>(block, logits_, scores_, seen, keys.first);
+      value_tile<C, Shape::kColumns>(scores_, block.width, keys_.values(), num_steps,
+                                     is_empty_[b] ? nullptr : block.alpha, block.num_rows,
+                                     o_row(b * kBlockRows));
+      is_empty_[b] = false;
     }
   }
 
-  void attend_tile(int32_t first_key, int num_keys) {
-    find_rows(params_, request_, kv_head_, first_key, num_keys, k_rows_, v_rows_);
-    load_keys(first_key, num_keys);
-    load_values(num_keys);
-    for (int b = 0; b * kBlockRows < num_rows_; ++b) {
-      const RowBlock& block = blocks_[b];
-      const int seen = std::min(first_key + num_keys, block.some_end) - first_key;
-      if (seen <= 0 || block.some_begin >= first_key + num_keys) continue;
-      score_tile<C>(k_words_, seen, q_ + int64_t{b} * kBlockRows * kQkPadded, block.width, kQkWords,
-                    scores_);
-      const int num_steps = softmax_tile<C>(block, logits_, scores_, seen, first_key);
-      value_tile<C>(scores_, block.width, v_words_, kColumns, num_steps, block.alpha,
-                    block.num_rows, o_ + int64_t{b} * kBlockRows * kColumns);
-    }
-  }
-
-  void load_keys(int32_t first_key, int num_keys) {
-    if (kReadsKInPlace && !has_rope()) {
-      for (int i = 0; i < num_keys; ++i) k_words_[i] = reinterpret_cast<const float*>(k_rows_[i]);
+  void score(const RowBlock& block, const float* q, int num_keys) {
+    if constexpr (Shape::kLine == kManyRows) {
+      score_many<C>(keys_.k_words(), num_keys, q, block.width, Shape::kQkWords, scores_);
     } else {
-      if (has_rope()) angles_->seek(first_key);
-      for (int i = 0; i < num_keys; ++i) {
-        widen_row(k_rows_[i], kQk, row_);
-        if (has_rope()) {
-          angles_->rotate(row_);
-          angles_->next();
-        }
-        C* row = k_tile_ + int64_t{i} * kQkPadded;
-        narrow_row(row_, kQk, row);
-        k_words_[i] = reinterpret_cast<const float*>(row);
-      }
-    }
-    for (int i = num_keys; i < num_keys + kKeyPadding; ++i) k_words_[i] = zeros_;
-  }
-
-  void load_values(int num_keys) {
-    if constexpr (kReadsVInPlace) {
-      for (int i = 0; i < num_keys; ++i) v_words_[i] = v_rows_[i];
-      for (int i = num_keys; i < num_keys + kKeyPadding; ++i) v_words_[i] = zeros_;
-    } else if constexpr (std::is_same_v<C, float>) {
-      for (int i = 0; i < num_keys; ++i) {
-        float* row = v_tile_ + int64_t{i} * kColumns;
-        widen_row(v_rows_[i], kVo, row);
-        v_words_[i] = row;
-      }
-      for (int i = num_keys; i < num_keys + kKeyPadding; ++i) v_words_[i] = zeros_;
-    } else {
-      const Kv* nothing = reinterpret_cast<const Kv*>(zeros_);
-      for (int i = num_keys; i < num_keys + kKeyPadding; ++i) v_rows_[i] = nothing;
-      for (int i = 0; i < num_keys; i += 2) {
-        float* row = v_tile_ + int64_t{i / 2} * kColumns;
-        pair_rows(v_rows_[i], v_rows_[i + 1], kVo, row);
-        v_words_[i / 2] = row;
+      const KeyRows k = keys_.key_rows();
+      switch (block.width) {
+        case 1:
+          return score_few<C, 1>(k, num_keys, q, Shape::kQkPaddedWords, scores_);
+        case 2:
+          return score_few<C, 2>(k, num_keys, q, Shape::kQkPaddedWords, scores_);
+        case 4:
+          return score_few<C, 4>(k, num_keys, q, Shape::kQkPaddedWords, scores_);
+        case 8:
+          return score_one_vector<C, 8>(k, num_keys, q, Shape::kQkWords, scores_);
+        default:
+          return score_one_vector<C, 16>(k, num_keys, q, Shape::kQkWords, scores_);
       }
     }
   }
@@ -277,32 +203,14 @@ class Attend {
 
   const AttentionParams& params_;
   const WorkGeometry& geometry_;
-  float* q_;  // per block: [kQkWords, width] words
-  float* o_;  // [num_rows, kColumns], unnormalised
-  float* max_;
-  float* sum_;
-  float* alpha_;
-  float* slope_;
-  int32_t* first_;
-  int32_t* last_;
-  int32_t* position_;
-  float* scores_;
-  C* k_tile_;
-  float* v_tile_;
-  const Kv** k_rows_;
-  const Kv** v_rows_;
-  const float** k_words_;
-  const float** v_words_;
-  float* row_;
-  float* zeros_;
-  RotaryAngles<kQk>* angles_;
-  RowBlock blocks_[kNumBlocks];
+  QueryTile<Traits> queries_;
+  KvTile<Traits> keys_;
+  RotaryAngles<Shape::kQk>* angles_ = nullptr;  // of ROPE_LLAMA mode; nullptr = off
+  float* o_;                                    // [num_rows, kColumns], unnormalised
+  float* scores_;                               // [keys, width], then weights
+  bool is_empty_[Shape::kNumBlocks];            // blocks that have seen no key: o_ holds anything
   LogitTransform logits_;
-  int32_t request_;
-  int32_t kv_head_;
-  int64_t first_row_;
-  int64_t qo_begin_;
-  int num_rows_;
+  WorkPiece piece_;
 };
 
 }  // namespace fi::cpu

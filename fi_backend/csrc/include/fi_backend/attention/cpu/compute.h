@@ -5,6 +5,7 @@
 #include <fi_backend/cpu/simd.h>
 
 #include <type_traits>
+#include <utility>
 
 namespace fi::cpu {
 
@@ -39,9 +40,31 @@ inline V load_words(const void* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+namespace detail {
+template <class V, int... kLane>
+inline V repeat(float x, std::integer_sequence<int, kLane...>) {
+  return V{(static_cast<void>(kLane), x)...};
+}
+}  // namespace detail
+
+// One word in every lane, bit for bit: adding it to zeros would change some pairs of bf16.
+template <class V>
+inline V broadcast_word(float x) {
+  return detail::repeat<V>(x, std::make_integer_sequence<int, sizeof(V) / 4>());
+}
+
 template <class V>
 inline void store_words(void* p, V v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+constexpr int kCacheLine = 64;
+
+// Ask for `bytes` from p on, into the second-level cache: they are needed a tile later.
+inline void prefetch(const void* p, int bytes) {
+  for (int offset = 0; offset < bytes; offset += kCacheLine) {
+    __builtin_prefetch(static_cast<const char*>(p) + offset, 0, 2);
+  }
 }
 
 // acc + a * b per word. V is a vector of 16, 8 or 4 words.

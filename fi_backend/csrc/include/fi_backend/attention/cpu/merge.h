@@ -1,9 +1,9 @@
 // Merge attention states that the caller holds in tensors.
 #pragma once
 
+#include <fi_backend/attention/cpu/row_vectors.h>
 #include <fi_backend/attention/merge_params.h>
 #include <fi_backend/cpu/parallel.h>
-#include <fi_backend/cpu/simd.h>
 
 #include <cmath>
 
@@ -31,22 +31,6 @@ struct MergeWeights {
 
 // A state with weight 0 may hold anything, NaN included.
 inline VecF weigh(float weight, VecF v) { return weight == 0.0f ? VecF{} : weight * v; }
-
-// Visit a row in vectors: body(offset, count), count < kLanes only at the end.
-template <class Body>
-inline void for_each_vector(int head_dim, const Body& body) {
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) body(d, kLanes);
-  if (d < head_dim) body(d, head_dim - d);
-}
-template <class T>
-inline VecF load_some(const T* p, int count) {
-  return count == kLanes ? load(p) : load_partial(p, count);
-}
-template <class T>
-inline void store_some(T* p, VecF v, int count) {
-  count == kLanes ? store(p, v) : store_partial(p, v, count);
-}
 
 template <class In, class Out>
 void merge_pair(const MergePairParams& params, int num_threads) {

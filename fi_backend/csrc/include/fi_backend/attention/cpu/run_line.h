@@ -45,19 +45,24 @@ class LineRunner {
 
   void run_worker(int worker) const {
     const Space space(params_.partials, worker);
-    Worker work(params_, g_, space.scratch());
+    Worker work(params_, g_, Scratch(space.scratch()));
     LinePosition at = starts_[worker];
     WorkPiece piece;
-    while (next_piece(g_, Traits::kLine, params_.qo_indptr, params_.kv_lens, starts_[worker + 1],
-                      at, piece)) {
+    WorkPiece upcoming;
+    bool has_more = next(worker, at, upcoming);
+    while (has_more) {
+      piece = upcoming;
+      has_more = next(worker, at, upcoming);
       work.begin_item(piece);
       const int32_t chunk = chunk_of(piece);
+      const KeyRange next_keys =
+          has_more ? Worker::tile_of(upcoming, first_chunk(upcoming)) : KeyRange{};
       if (piece.whole() && piece.tokens.end - piece.tokens.begin <= chunk) {
-        work.attend(piece.tokens);
+        work.attend(piece.tokens, next_keys);
         work.write_output();
         continue;
       }
-      run_chunks(work, space, piece, chunk);
+      run_chunks(work, space, piece, chunk, next_keys);
       if (piece.whole()) {
         merge(work, piece, {worker, worker + 1}, chunk);
         continue;
@@ -74,6 +79,11 @@ class LineRunner {
   using Space = WorkerSpace<Traits>;
   using Worker = Attend<Traits>;
 
+  bool next(int worker, LinePosition& at, WorkPiece& piece) const {
+    return next_piece(g_, Traits::kLine, params_.qo_indptr, params_.kv_lens, starts_[worker + 1],
+                      at, piece);
+  }
+
   int32_t chunk_of(const WorkPiece& piece) const {
     const int32_t chunk = chunk_tokens(g_, Traits::kLine, piece.item.end - piece.item.begin);
     return chunk == 0 ? INT32_MAX : chunk;
@@ -81,7 +91,7 @@ class LineRunner {
   float* slot(const Space& space, const KvRange& tokens, const WorkPiece& piece, int chunk) const {
     const bool invariant = g_.split > 0 && Traits::kLine == kFewRows;
     return space.slot(tokens.begin == piece.item.begin ? 1 : 0, chunk, invariant ? kMaxChunks : 1,
-                      Worker::kTileRows);
+                      TileShape<Traits>::kRows);
   }
 
   // Visit the chunks of one worker's part of an item: fn(index, tokens).
@@ -94,9 +104,17 @@ class LineRunner {
     }
   }
 
-  void run_chunks(Worker& work, const Space& space, const WorkPiece& piece, int32_t chunk) const {
+  KvRange first_chunk(const WorkPiece& piece) const {
+    const int64_t end = int64_t{piece.tokens.begin} + chunk_of(piece);
+    return {piece.tokens.begin, static_cast<int32_t>(std::min<int64_t>(piece.tokens.end, end))};
+  }
+
+  void run_chunks(Worker& work, const Space& space, const WorkPiece& piece, int32_t chunk,
+                  const KeyRange& next_keys) const {
     for_each_chunk(piece.tokens, chunk, [&](int index, const KvRange& tokens) {
-      work.attend(tokens);
+      const int64_t end = std::min<int64_t>(piece.tokens.end, int64_t{tokens.end} + chunk);
+      const KvRange after = {tokens.end, static_cast<int32_t>(end)};
+      work.attend(tokens, after.begin < after.end ? Worker::tile_of(piece, after) : next_keys);
       work.save_state(slot(space, piece.tokens, piece, index));
     });
   }

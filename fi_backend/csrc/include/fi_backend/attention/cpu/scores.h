@@ -1,13 +1,13 @@
-// S = K Q^T for one tile of keys and one block of query rows. The lanes of a vector are query rows,
-// so that K is read in place, one broadcast word at a time, and a softmax over keys needs no
-// horizontal step.
+// S = K Q^T for one tile of keys and one block of query rows: s[key, row].
 #pragma once
 
-#include <fi_backend/attention/cpu/compute.h>
+#include <fi_backend/attention/cpu/transpose.h>
 
 namespace fi::cpu {
 
-// kTokens keys against kVectors vectors of rows. q: [num_words, q_stride], s: [kTokens, s_stride].
+// The lanes of a vector are query rows, so that K is read in place, one broadcast word at a time,
+// and nothing is summed across lanes. kTokens keys against kVectors vectors of rows.
+// q: [num_words, q_stride], s: [kTokens, s_stride].
 template <class C, class V, int kTokens, int kVectors>
 inline void score_block(const float* const* k_rows, const float* q, int q_stride, int num_words,
                         float* s, int s_stride) {
@@ -21,7 +21,7 @@ inline void score_block(const float* const* k_rows, const float* q, int q_stride
     for (int j = 0; j < kVectors; ++j) row[j] = load_words<V>(q + w * q_stride + j * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; ++i) {
-      const V key = V{} + k[i][w];
+      const V key = broadcast_word<V>(k[i][w]);
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = dot<C>(acc[i][j], key, row[j]);
     }
@@ -40,12 +40,12 @@ constexpr int kScoreVectors = 2;
 #endif
 constexpr int kScoreTokens = 6;  // 6 x kScoreVectors sums fill the register file
 
-// All rows of a block. k_rows must be readable for num_tokens rounded up to kScoreTokens, and s
+// A block of many rows. k_rows must be readable for num_keys rounded up to kScoreTokens, and s
 // writable. row_width is a multiple of kLanes.
 template <class C>
-void score_tile(const float* const* k_rows, int num_tokens, const float* q, int row_width,
+void score_many(const float* const* k_rows, int num_keys, const float* q, int row_width,
                 int num_words, float* s) {
-  for (int t = 0; t < num_tokens; t += kScoreTokens) {
+  for (int t = 0; t < num_keys; t += kScoreTokens) {
     float* out = s + t * row_width;
     int row = 0;
     for (; row + kScoreVectors * kLanes <= row_width; row += kScoreVectors * kLanes) {
@@ -56,6 +56,54 @@ void score_tile(const float* const* k_rows, int num_tokens, const float* q, int 
       score_block<C, VecF, kScoreTokens, 1>(k_rows + t, q + row, row_width, num_words, out + row,
                                             row_width);
     }
+  }
+}
+
+// K of a tile for few rows: addresses, readable for whole vectors of keys past num_keys, and those
+// of the keys one tile ahead, which are prefetched meanwhile.
+struct KeyRows {
+  const float* const* rows;
+  const void* const* next;
+  int row_bytes;
+
+  void prefetch_next(int key, int count) const {
+    for (int i = key; i < key + count; ++i) prefetch(next[i], row_bytes);
+  }
+};
+
+// kWidth rows, 8 or 16, that fill one vector.
+template <class C, int kWidth>
+void score_one_vector(const KeyRows& k, int num_keys, const float* q, int num_words, float* s) {
+  constexpr int kTokens = 8;
+  for (int t = 0; t < num_keys; t += kTokens) {
+    k.prefetch_next(t, kTokens);
+    score_block<C, Vector<kWidth>, kTokens, 1>(k.rows + t, q, kWidth, num_words, s + t * kWidth,
+                                               kWidth);
+  }
+}
+
+// Very few rows: the lanes are words of K, read whole; sums over lanes are taken for kLanes
+// (key, row) pairs at once. q: [kRows, num_words], num_words a multiple of kLanes.
+template <class C, int kRows>
+void score_few(const KeyRows& k, int num_keys, const float* q, int num_words, float* s) {
+  constexpr int kTokens = kLanes / kRows;
+  for (int t = 0; t < num_keys; t += kTokens) {
+    k.prefetch_next(t, kTokens);
+    VecF acc[kLanes] = {};
+    for (int w = 0; w < num_words; w += kLanes) {
+      VecF row[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) row[r] = load_words<VecF>(q + r * num_words + w);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTokens; ++i) {
+        const VecF key = load_words<VecF>(k.rows[t + i] + w);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          acc[i * kRows + r] = dot<C>(acc[i * kRows + r], key, row[r]);
+        }
+      }
+    }
+    store_words(s + t * kRows, sum_each(acc));
   }
 }
 

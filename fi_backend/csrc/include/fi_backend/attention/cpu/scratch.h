@@ -1,4 +1,4 @@
-// A worker's share of the workspace, handed out in 64-byte aligned parts.
+// The workspace on the CPU: each worker's share, and how it is handed out.
 #pragma once
 
 #include <fi_backend/attention/workspace.h>
@@ -7,11 +7,7 @@
 
 namespace fi::cpu {
 
-constexpr int kTileKeys = 128;  // keys per tile
-constexpr int kBlockRows =
-    64;  // query rows per block: a tile's scores stay in the first-level cache
-constexpr int kKeyPadding = 32;  // pointers and score rows past a tile's end, for whole vectors
-
+// Hands out 64-byte aligned parts of a worker's scratch.
 class Scratch {
  public:
   explicit Scratch(float* base) : next_(base) {}
@@ -26,18 +22,18 @@ class Scratch {
   float* next_;
 };
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Floats of scratch one worker needs; an upper bound over element types and lane counts.
+// Floats of scratch one worker needs: an upper bound over element types, lines and lane counts,
+// which attend.h checks for each instantiation.
 constexpr int64_t scratch_floats(int head_dim_qk, int head_dim_vo) {
   const int64_t rows = many_row_tile(head_dim_qk, head_dim_vo);
-  const int64_t qk = round_up(head_dim_qk, 16);
-  const int64_t vo = round_up(head_dim_vo, 16);
-  const int64_t keys = kTileKeys + kKeyPadding;
-  const int64_t row_state = 16 * rows;
-  const int64_t addresses = 8 * (keys + 16);
-  return rows * (qk + vo) + row_state + keys * (kBlockRows + qk + vo) + addresses + 2 * (qk + vo) +
-         6 * qk + 1024;
+  const int64_t qk = (head_dim_qk + 31) / 32 * 32;
+  const int64_t vo = (head_dim_vo + 31) / 32 * 32;
+  const int64_t wide = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
+  const int64_t keys = (wide <= 128 ? 256 : wide <= 256 ? 128 : 64) + 32;
+  const int64_t state = 8 * rows;
+  const int64_t scores = keys * 64;
+  const int64_t addresses = 8 * keys;
+  return rows * (qk + vo) + state + scores + keys * (qk + vo) + addresses + 24 * (qk + vo) + 1024;
 }
 
 // The caller's arena may begin anywhere; workers begin on cache lines.
@@ -50,7 +46,7 @@ constexpr int64_t kControlFloats = 16;  // a worker's counter, on its own cache 
 
 constexpr int64_t worker_floats(int head_dim_qk, int head_dim_vo) {
   return kControlFloats + partial_worker_floats(head_dim_vo) +
-         round_up(scratch_floats(head_dim_qk, head_dim_vo), 16);
+         (scratch_floats(head_dim_qk, head_dim_vo) + 15) / 16 * 16;
 }
 
 constexpr int64_t arena_floats(int64_t num_workers, int head_dim_qk, int head_dim_vo) {

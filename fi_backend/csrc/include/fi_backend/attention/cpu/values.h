@@ -1,31 +1,83 @@
-// O = O * alpha + P V for one tile of keys and one block of query rows.
+// O = O * alpha + P V for one tile of keys and a block of query rows. The lanes of a vector are
+// columns of V; weights are broadcast.
 #pragma once
 
 #include <fi_backend/attention/cpu/compute.h>
 
 namespace fi::cpu {
 
+// Rows of V as words: one per column and step.
+struct WordRows {
+  const float* const* rows;  // [num_steps]
+  const void* const* next;   // rows one tile ahead, to prefetch; nullptr = none
+
+  template <int kVectors>
+  void load(int step, int column, VecF* value) const {
+    if (next != nullptr) {
+      prefetch(static_cast<const float*>(next[step]) + column, kVectors * sizeof(VecF));
+    }
+    const float* row = rows[step] + column;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) value[j] = load_words<VecF>(row + j * kLanes);
+  }
+};
+
+// Rows of V as they lie in a bf16 cache: a step's two keys are interleaved in registers, which is
+// cheaper than to store their words where only a few query rows use them.
+struct RowPairs {
+  const bf16* const* rows;  // [num_keys]
+  const void* const* next;  // rows one tile ahead, to prefetch
+  int distance;             // keys between the two of a step
+
+  template <int kVectors>
+  void load(int step, int column, VecF* value) const {
+    static_assert(kVectors % 2 == 0, "a vector of bf16 holds two vectors' columns");
+#if defined(__AVX512BF16__)
+    const int first = step / distance * 2 * distance + step % distance;
+    const bf16* a = rows[first] + column;
+    const bf16* b = rows[first + distance] + column;
+    constexpr int kBytes = kVectors * kLanes * sizeof(bf16);
+    prefetch(static_cast<const bf16*>(next[first]) + column, kBytes);
+    prefetch(static_cast<const bf16*>(next[first + distance]) + column, kBytes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; j += 2) {
+      const __m512i x = _mm512_loadu_si512(a + j * kLanes);
+      const __m512i y = _mm512_loadu_si512(b + j * kLanes);
+      value[j] = (VecF)_mm512_permutex2var_epi16(x, _mm512_load_si512(kLow), y);
+      value[j + 1] = (VecF)_mm512_permutex2var_epi16(x, _mm512_load_si512(kHigh), y);
+    }
+#endif
+  }
+
+  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static constexpr uint16_t kHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
+                                                     53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
+                                                     27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+};
+
 // kRows rows by kVectors vectors of columns. p: [num_steps, p_stride], one word per step and row;
-// v_rows[step]: one word per column; alpha: [kRows]; o: [kRows, o_stride].
-template <class C, int kRows, int kVectors>
-inline void value_block(const float* p, int p_stride, const float* const* v_rows, int column,
-                        int num_steps, const float* alpha, float* o, int o_stride) {
-  VecF acc[kRows][kVectors];
+// alpha: [kRows], or nullptr where o holds nothing yet; o: [kRows, o_stride].
+template <class C, int kRows, int kVectors, class Source>
+inline void value_block(const float* p, int p_stride, const Source& v, int column, int num_steps,
+                        const float* alpha, float* o, int o_stride) {
+  VecF acc[kRows][kVectors] = {};
+  if (alpha != nullptr) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      acc[i][j] = load_words<VecF>(o + i * o_stride + j * kLanes) * alpha[i];
+      for (int j = 0; j < kVectors; ++j) {
+        acc[i][j] = load_words<VecF>(o + i * o_stride + column + j * kLanes) * alpha[i];
+      }
     }
   }
   for (int step = 0; step < num_steps; ++step) {
-    const float* v = v_rows[step] + column;
     VecF value[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) value[j] = load_words<VecF>(v + j * kLanes);
+    v.template load<kVectors>(step, column, value);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const VecF weight = broadcast(p[step * p_stride + i]);
+      const VecF weight = broadcast_word<VecF>(p[step * p_stride + i]);
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = dot<C>(acc[i][j], weight, value[j]);
     }
@@ -33,47 +85,55 @@ inline void value_block(const float* p, int p_stride, const float* const* v_rows
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) store_words(o + i * o_stride + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      store_words(o + i * o_stride + column + j * kLanes, acc[i][j]);
+    }
   }
 }
 
+// Vectors of sums that fit in the register file beside values and weights.
 #if defined(__AVX512F__)
-constexpr int kValueRows = 8;
+constexpr int kValueSums = 16;
 #else
-constexpr int kValueRows = 4;
+constexpr int kValueSums = 8;
 #endif
 
-template <class C, int kRows>
-inline void value_rows(const float* p, int p_stride, const float* const* v_rows, int num_columns,
-                       int num_steps, const float* alpha, float* o) {
+// kRows rows, all columns. o: [kRows, kColumns], kColumns a multiple of kLanes.
+template <class C, int kRows, int kColumns, class Source>
+inline void value_rows(const float* p, int p_stride, const Source& v, int num_steps,
+                       const float* alpha, float* o) {
+  constexpr int kTotal = kColumns / kLanes;
+  constexpr int kWanted = kValueSums / kRows < 8 ? kValueSums / kRows : 8;
+  constexpr int kVectors = kWanted < kTotal ? kWanted : kTotal;
+  constexpr int kRest = kTotal % kVectors;
   int column = 0;
-  for (; column + 2 * kLanes <= num_columns; column += 2 * kLanes) {
-    value_block<C, kRows, 2>(p, p_stride, v_rows, column, num_steps, alpha, o + column,
-                             num_columns);
+  for (; column + kVectors * kLanes <= kColumns; column += kVectors * kLanes) {
+    value_block<C, kRows, kVectors>(p, p_stride, v, column, num_steps, alpha, o, kColumns);
   }
-  if (column < num_columns) {
-    value_block<C, kRows, 1>(p, p_stride, v_rows, column, num_steps, alpha, o + column,
-                             num_columns);
+  if constexpr (kRest > 0) {
+    value_block<C, kRows, kRest>(p, p_stride, v, column, num_steps, alpha, o, kColumns);
   }
 }
 
-// All rows of a block; o: [num_rows, num_columns], num_columns a multiple of kLanes.
-template <class C>
-void value_tile(const float* p, int p_stride, const float* const* v_rows, int num_columns,
-                int num_steps, const float* alpha, int num_rows, float* o) {
+// All rows of a block; o: [num_rows, kColumns]. num_rows is rounded up to what a kernel computes,
+// at most to a power of two: p, alpha and o have room for that.
+template <class C, int kColumns, class Source>
+void value_tile(const float* p, int p_stride, const Source& v, int num_steps, const float* alpha,
+                int num_rows, float* o) {
+  constexpr int kRows = kValueSums / 2;
   int row = 0;
-  for (; row + kValueRows <= num_rows; row += kValueRows) {
-    value_rows<C, kValueRows>(p + row, p_stride, v_rows, num_columns, num_steps, alpha + row,
-                              o + int64_t{row} * num_columns);
+  const auto rows_left = [&](auto rows) {
+    value_rows<C, decltype(rows)::value, kColumns>(p + row, p_stride, v, num_steps,
+                                                   alpha == nullptr ? nullptr : alpha + row,
+                                                   o + int64_t{row} * kColumns);
+    row += decltype(rows)::value;
+  };
+  while (num_rows - row > kRows / 2) rows_left(std::integral_constant<int, kRows>());
+  if constexpr (kRows > 4) {
+    if (num_rows - row > 2) rows_left(std::integral_constant<int, 4>());
   }
-  for (; row + 2 <= num_rows; row += 2) {
-    value_rows<C, 2>(p + row, p_stride, v_rows, num_columns, num_steps, alpha + row,
-                     o + int64_t{row} * num_columns);
-  }
-  if (row < num_rows) {
-    value_rows<C, 1>(p + row, p_stride, v_rows, num_columns, num_steps, alpha + row,
-                     o + int64_t{row} * num_columns);
-  }
+  if (num_rows - row == 2) rows_left(std::integral_constant<int, 2>());
+  if (num_rows - row == 1) rows_left(std::integral_constant<int, 1>());
 }
 
 }  // namespace fi::cpu

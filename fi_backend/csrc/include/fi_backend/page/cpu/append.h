@@ -84,9 +84,8 @@ inline void append(const AppendParams& p, Storage in, Storage out, int num_threa
       p.key, p.key_cache, p.key_strides, p.key_cache_strides, p.num_kv_heads, p.head_dim_qk,
       p.k_scale != nullptr ? p.k_scale : &p.k_scale_value, p.k_scale_head_stride, in, out);
   const RowWriter value = make_writer(
-      p.value, p.value_cache, p.value_strides, p.value_cache_strides, p.num_kv_heads,
-      p.head_dim_vo, p.v_scale != nullptr ? p.v_scale : &p.v_scale_value, p.v_scale_head_stride,
-      in, out);
+      p.value, p.value_cache, p.value_strides, p.value_cache_strides, p.num_kv_heads, p.head_dim_vo,
+      p.v_scale != nullptr ? p.v_scale : &p.v_scale_value, p.v_scale_head_stride, in, out);
   const int64_t bytes_per_token = int64_t{p.num_kv_heads} * (p.head_dim_qk + p.head_dim_vo) *
                                   (storage_bytes(in) + storage_bytes(out));
   parallel_for(p.num_tokens, min_rows_per_worker(bytes_per_token), num_threads,

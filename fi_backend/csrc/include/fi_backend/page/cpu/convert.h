@@ -59,7 +59,9 @@ ConvertRow conversion_from(Storage out) {
 // The conversion between two types, or nullptr: fp8 rows are stored only as they are.
 inline ConvertRow find_conversion(Storage in, Storage out) {
   if (in == out) {
-    return storage_bytes(in) == 4 ? copy_row<4> : storage_bytes(in) == 2 ? copy_row<2> : copy_row<1>;
+    return storage_bytes(in) == 4   ? copy_row<4>
+           : storage_bytes(in) == 2 ? copy_row<2>
+                                    : copy_row<1>;
   }
   switch (in) {
     case Storage::kFloat:

@@ -29,8 +29,7 @@ struct RotaryFrequencies {
       const double base = std::exp2(-2.0 * i / p.rotary_dim * log2_theta);
       const double ramp = base * p.smooth_slope + p.smooth_offset;
       const double smooth = ramp < 0.0 ? 0.0 : ramp > 1.0 ? 1.0 : ramp;
-      quarter_turns[i] =
-          kQuarterTurnsPerRadian * base * (smooth + (1.0 - smooth) / p.rope_scale);
+      quarter_turns[i] = kQuarterTurnsPerRadian * base * (smooth + (1.0 - smooth) / p.rope_scale);
     }
   }
 };

@@ -1,0 +1,85 @@
+"""The kernels of the paged cache as torch ops."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend.kernels import append_kv as kernel
+from fi_backend.torch_ops import register
+
+__all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS"]
+
+
+def _append_slots(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: float | torch.Tensor,
+    v_scale: float | torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+) -> None:
+    kernel.append_slots(
+        key=key,
+        value=value,
+        key_cache=k_cache,
+        value_cache=v_cache,
+        slot_mapping=slot_mapping,
+        k_scale=k_scale if k_scales is None else k_scales,
+        v_scale=v_scale if v_scales is None else v_scales,
+    )
+
+
+def _append_positions(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+) -> None:
+    kernel.append_positions(
+        key=key,
+        value=value,
+        key_cache=k_cache,
+        value_cache=v_cache,
+        batch_indices=batch_indices,
+        positions=positions,
+        kv_indices=kv_indices,
+        kv_indptr=kv_indptr,
+    )
+
+
+def _batch_positions(
+    append_indptr: torch.Tensor,
+    seq_lens: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    kernel.batch_positions(
+        append_indptr=append_indptr,
+        seq_lens=seq_lens,
+        batch_indices=batch_indices,
+        positions=positions,
+    )
+
+
+APPEND_SLOTS = register(
+    "append_slots(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor slot_mapping, float k_scale, float v_scale, Tensor? k_scales, Tensor? v_scales) -> ()",
+    _append_slots,
+)
+APPEND_POSITIONS = register(
+    "append_positions(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr) -> ()",
+    _append_positions,
+)
+BATCH_POSITIONS = register(
+    "batch_positions(Tensor append_indptr, Tensor seq_lens, Tensor(a!) batch_indices, "
+    "Tensor(b!) positions) -> ()",
+    _batch_positions,
+)

@@ -1,0 +1,61 @@
+"""fi_backend.quantization: bits against numpy's, segments, and errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fi_backend
+
+bit_orders = pytest.mark.parametrize("bitorder", ["big", "little"])
+
+
+def numpy_packbits(x: torch.Tensor, bitorder: str) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(x.numpy(), bitorder=bitorder))  # type: ignore[arg-type]
+
+
+@bit_orders
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 1003])
+def test_packbits(size: int, bitorder: str) -> None:
+    x = torch.rand(size) > 0.5
+    assert torch.equal(fi_backend.packbits(x, bitorder), numpy_packbits(x, bitorder))
+
+
+def test_packbits_default_is_big() -> None:
+    assert fi_backend.packbits(torch.tensor([True, False, False])).tolist() == [128]
+
+
+def test_packbits_takes_what_is_not_bool_or_not_contiguous() -> None:
+    x = torch.tensor([2, 0, 0, 7, 0, 1], dtype=torch.int32)
+    assert fi_backend.packbits(x, "little").tolist() == [0b101001]
+    assert fi_backend.packbits(x[::3], "little").tolist() == [0b11]
+
+
+@bit_orders
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_segment_packbits(bitorder: str, dtype: torch.dtype) -> None:
+    sizes = [3, 0, 8, 17, 0, 100_000, 1]
+    indptr = torch.tensor([0, *np.cumsum(sizes)], dtype=dtype)
+    x = torch.rand(int(indptr[-1])) > 0.5
+    packed, new_indptr = fi_backend.segment_packbits(x, indptr, bitorder)
+    assert new_indptr.dtype == dtype
+    expected = [numpy_packbits(part, bitorder) for part in x.split(sizes)]
+    assert new_indptr.tolist() == [0, *np.cumsum([len(part) for part in expected])]
+    assert torch.equal(packed, torch.cat(expected))
+
+
+def test_bad_arguments() -> None:
+    x = torch.ones(10, dtype=torch.bool)
+    with pytest.raises(ValueError, match="bitorder must be one of big, little; got 'middle'"):
+        fi_backend.packbits(x, "middle")
+    with pytest.raises(ValueError, match=r"x must have one dimension; got shape \[2, 5\]"):
+        fi_backend.packbits(x.view(2, 5))
+    with pytest.raises(ValueError, match=r"indptr must never decrease; got \[0, 5, 3\]"):
+        fi_backend.segment_packbits(x, torch.tensor([0, 5, 3]))
+    with pytest.raises(ValueError, match=r"indptr: must rise to at most 10.* indptr\[1\] = 11"):
+        fi_backend.segment_packbits(x, torch.tensor([0, 11]))
+    with pytest.raises(ValueError, match="start at 0 or above"):
+        fi_backend.segment_packbits(x, torch.tensor([-1, 5]))
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor; got list"):
+        fi_backend.packbits([True])  # type: ignore[arg-type]
