@@ -105,7 +105,7 @@ Backend = Callable[[], torch.Tensor]
 
 
 def ours(problem: Problem) -> Backend:
-    """Run PagedAttention on the cache that vLLM gives our backend: rows of K and V interleaved."""
+    """Run PagedAttention on vLLM's cache as our backend gets it: [pages, heads, tokens, K | V]."""
     cell = problem.cell
     spec = fi_backend.AttentionSpec(
         num_qo_heads=cell.num_qo_heads,
@@ -116,7 +116,8 @@ def ours(problem: Problem) -> Backend:
         causal=True,
     )
     pages = problem.block_table.numel()
-    cache = torch.zeros(pages, PAGE_SIZE, cell.num_kv_heads, 2 * cell.head_dim, dtype=cell.dtype)
+    shape = (pages, cell.num_kv_heads, PAGE_SIZE, 2 * cell.head_dim)
+    cache = torch.zeros(shape, dtype=cell.dtype).transpose(1, 2)
     k_cache, v_cache = cache[..., : cell.head_dim], cache[..., cell.head_dim :]
     for target, rows in ((k_cache, problem.k), (v_cache, problem.v)):
         target[problem.slots // PAGE_SIZE, problem.slots % PAGE_SIZE] = rows

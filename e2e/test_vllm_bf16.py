@@ -1,13 +1,13 @@
-"""vLLM on the CPU, bf16: teacher-forced logits against those of its own backend.
+"""vLLM on the CPU, bf16: teacher-forced logits, judged by fp32 and by the stock backend.
 
-Free-running tokens cannot be compared in bf16: the stock engine disagrees with itself at another
-batch size. So both score the same text, and a different best token is a divergence.
+Free-running tokens cannot be compared in bf16: two engines that round differently in one place
+soon write different texts. So all of them score the same text, the stock fp32 engine's, and a
+position where another token scores best is a divergence.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
@@ -16,30 +16,30 @@ from e2e.harness import Batch, Result, Task, run_engines
 
 pytestmark = pytest.mark.engine
 
-MODELS = ("fi-tiny", "gemma2", "gptoss")
+MODEL = "fi-tiny"  # trained: models with random weights amplify every rounding
 Scores = list[list[list[tuple[int, float]]]]
 
 
 @pytest.fixture(scope="module")
-def scored(
+def runs(
     models: Models, stock: dict[str, Result], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Result]:
-    """Scores of the stock fp32 run's text: stock, stock at another batch size, ours."""
-    tasks = []
-    for model in MODELS:
-        tokens = stock[model]["batches"][0]["tokens"]
-        texts = [a + b for a, b in zip(models.prompts(model), tokens, strict=True)]
-        batches = [Batch(texts, 1, prompt_logprobs=2)]
-        for name, backend, engine in (
-            ("stock", None, {}),
-            ("alone", None, {"max_num_seqs": 1}),
-            ("ours", "flashinfer", {}),
-        ):
-            folder = models.folder(model)
-            task = Task(f"{model} {name}", folder, backend, batches, "bfloat16", engine)
-            tasks.append(task)
-    directory: Path = tmp_path_factory.mktemp("bf16")
-    return run_engines(tasks, directory)
+    """Scores of one text: the stock backend in fp32 and bf16, and ours in bf16."""
+    tokens = stock[MODEL]["batches"][0]["tokens"]
+    texts = [a + b for a, b in zip(models.prompts(MODEL), tokens, strict=True)]
+    batches = [Batch(texts, 1, prompt_logprobs=5)]
+    folder = models.folder(MODEL)
+    tasks = [
+        Task("fp32", folder, None, batches),
+        Task("stock", folder, None, batches, "bfloat16"),
+        Task("ours", folder, "flashinfer", batches, "bfloat16"),
+    ]
+    return run_engines(tasks, tmp_path_factory.mktemp("bf16"))
+
+
+@pytest.fixture(scope="module")
+def scores(runs: dict[str, Result]) -> dict[str, Scores]:
+    return {name: run["batches"][0]["scores"] for name, run in runs.items()}
 
 
 def _ulp(value: float) -> float:
@@ -47,32 +47,47 @@ def _ulp(value: float) -> float:
     return 2.0 ** (math.floor(math.log2(max(abs(value), 2.0**-126))) - 7)
 
 
-def _divergences(want: Scores, got: Scores) -> list[float]:
+def divergences(want: Scores, got: Scores) -> list[float]:
     """For each position with another best token: how far `want` puts it from the best, in ulp."""
     gaps = []
     for positions, others in zip(want, got, strict=True):
         for candidates, other in zip(positions, others, strict=True):
             (best, top), chosen = candidates[0], other[0][0]
             if chosen != best:
-                runner_up = dict(candidates).get(chosen, -math.inf)
-                gaps.append((top - runner_up) / _ulp(top))
+                gaps.append((top - dict(candidates).get(chosen, -math.inf)) / _ulp(top))
     return gaps
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_best_tokens_as_close_as_stock_to_itself(model: str, scored: dict[str, Result]) -> None:
-    want, alone, got = (
-        scored[f"{model} {name}"]["batches"][0]["scores"] for name in ("stock", "alone", "ours")
-    )
-    positions = sum(len(text) for text in want)
-    assert positions > 32 * 256
-    own, gaps = _divergences(want, alone), _divergences(want, got)
-    print(f"{model}: {positions} positions, {len(own)} stock/stock, {len(gaps)} ours/stock")
-    assert len(gaps) <= len(own)
-    assert max(gaps, default=0.0) <= 2.0
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_scored_by_our_kernels(model: str, scored: dict[str, Result]) -> None:
-    result = scored[f"{model} ours"]
+def test_scored_by_our_kernels(runs: dict[str, Result]) -> None:
+    result = runs["ours"]
     assert result["counters"]["attention_runs"] == len(result["layers"]) * result["steps"] > 0
+    assert runs["stock"]["counters"]["attention_runs"] == 0
+
+
+def test_divergences_from_stock_are_ties(scores: dict[str, Scores]) -> None:
+    """Another token scores best only where stock puts both within 2 ulp of each other."""
+    assert sum(len(text) for text in scores["stock"]) > 32 * 256
+    assert max(divergences(scores["stock"], scores["ours"]), default=0.0) <= 2.0
+
+
+def test_as_close_to_fp32_as_stock(scores: dict[str, Scores]) -> None:
+    """Three standard deviations of a rare event's count are allowed for chance."""
+    own = len(divergences(scores["fp32"], scores["stock"]))
+    ours = len(divergences(scores["fp32"], scores["ours"]))
+    assert ours <= own + 3 * math.sqrt(own + 1)
+
+
+def test_logits_as_close_to_fp32_as_stock(scores: dict[str, Scores]) -> None:
+    own, ours = (_mean_error(scores["fp32"], scores[name]) for name in ("stock", "ours"))
+    assert 0 < ours <= 1.1 * own
+
+
+def _mean_error(want: Scores, got: Scores) -> float:
+    """Mean difference of the logit of `want`'s best token, over positions where both list it."""
+    errors = [
+        abs(top - dict(other)[best])
+        for positions, others in zip(want, got, strict=True)
+        for ((best, top), *_), other in zip(positions, others, strict=True)
+        if best in dict(other)
+    ]
+    return sum(errors) / len(errors)

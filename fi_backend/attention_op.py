@@ -56,7 +56,7 @@ _op = register(
 def run_traced(
     *, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor, **arguments: Any
 ) -> None:
-    """Run through the op; arguments as `kernels.attention.AttentionKernels.run` takes them.
+    """Run through the op; arguments as `kernels.attention_line.LineKernels.run` takes them.
 
     A schema keeps tensors and floats apart, so each scale travels as two arguments.
     """

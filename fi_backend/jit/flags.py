@@ -14,6 +14,8 @@ _MATH = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # Hidden symbols: two modules in one process must not share an inline variable of a header by
 # accident, whichever version of that header each was compiled with.
 _SHARED = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+# Running off the end of a function is undefined behaviour, and in practice a crash far away.
+_ERRORS = ("-Werror=return-type",)
 _OPTIMISED = ("-O3", "-DNDEBUG")
 _DEBUG = ("-Og", "-g3", "-fno-omit-frame-pointer")
 
@@ -32,7 +34,7 @@ def common(spec: KernelSpec) -> Flags:
     debug, lineinfo = env.JIT_DEBUG.get(), env.JIT_LINEINFO.get()
     level = _DEBUG if debug else _OPTIMISED
     lines = ("-g1",) if lineinfo and not debug else ()
-    cxx = ("-std=c++17", *level, *lines, *_SHARED, *_MATH)
+    cxx = ("-std=c++17", *level, *lines, *_SHARED, *_ERRORS, *_MATH)
     cuda: tuple[str, ...] = ()
     if spec.target == "cuda":
         level = ("-O0", "-g", "-G") if debug else _OPTIMISED

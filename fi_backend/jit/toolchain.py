@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ def find_cxx() -> tuple[str, ...] | None:
     return None
 
 
+def _in_wheels(paths: tuple[str, ...]) -> list[str]:
+    """Return where installed Python wheels may have `paths`, in import order."""
+    return [os.path.join(site, path) for site in sys.path if site for path in paths]
+
+
 def find_nvcc() -> str | None:
     """Return nvcc; None without one. An explicit ``FI_BACKEND_NVCC`` that is missing is None."""
     asked = env.NVCC.get()
@@ -52,8 +58,7 @@ def find_nvcc() -> str | None:
         return shutil.which(str(asked))
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home] + ["nvcc"]
-    site = sysconfig.get_path("platlib")
-    candidates += [os.path.join(site, path) for path in _NVCC_IN_WHEELS]
+    candidates += _in_wheels(_NVCC_IN_WHEELS)
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
@@ -181,8 +186,7 @@ def _cuda_home(nvcc: str) -> str:
 
 def _cuda_dirs(home: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the existing include and library directories of the CUDA runtime."""
-    site = sysconfig.get_path("platlib")
-    roots = [home, *(os.path.join(site, path) for path in _CUDA_IN_WHEELS)]
+    roots = [home, *_in_wheels(_CUDA_IN_WHEELS)]
     include = [f"{root}/include" for root in roots]
     include += [f"{path}/cccl" for path in include]  # CUDA 13 keeps libcu++ and CUB there
     lib = [f"{root}/{name}" for root in roots for name in ("lib64", "lib")]

@@ -6,34 +6,36 @@ from typing import Any
 
 import torch
 
-from fi_backend.jit import build
-from fi_backend.kernels import decode, prefill
-from fi_backend.kernels.attention_line import call_count, partial_floats
+from fi_backend.jit import KernelSpec
+from fi_backend.kernels.attention_line import (
+    LineKernels,
+    call_count,
+    load_lines,
+    partial_floats,
+)
+from fi_backend.kernels.decode import decode_spec
+from fi_backend.kernels.prefill import prefill_spec
 
-__all__ = ["AttentionKernels", "call_count", "load", "partial_floats"]
-
-# Elements of a plan that tell which line has work: kHasWorkInt in plan/work_line.h.
-_HAS_WORK = slice(14, 16)
-
-
-class AttentionKernels:
-    """Both attention kernels of one set of types and head sizes."""
-
-    def __init__(self, types: dict[str, Any]) -> None:
-        build([decode.decode_spec(**types), prefill.prefill_spec(**types)])
-        self._few_rows = decode.load(**types)
-        self._many_rows = prefill.load(**types)
-
-    def run(self, *, plan_buffer: torch.Tensor, **arguments: Any) -> None:
-        """Run each line of the plan that has work; arguments as LineKernel.run takes them."""
-        few_rows, many_rows = plan_buffer[_HAS_WORK].tolist()
-        if few_rows:
-            self._few_rows.run(plan_buffer=plan_buffer, **arguments)
-        if many_rows:
-            self._many_rows.run(plan_buffer=plan_buffer, **arguments)
+__all__ = ["attention_specs", "call_count", "load", "partial_floats"]
 
 
-_kernels: dict[tuple[object, ...], AttentionKernels] = {}
+def attention_specs(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> tuple[KernelSpec, KernelSpec]:
+    """Describe both kernels for one set of types and head sizes, few rows first."""
+    types: dict[str, Any] = {
+        "q_dtype": q_dtype,
+        "kv_dtype": kv_dtype,
+        "o_dtype": o_dtype,
+        "head_dim_qk": head_dim_qk,
+        "head_dim_vo": head_dim_vo,
+    }
+    return decode_spec(**types), prefill_spec(**types)
 
 
 def load(
@@ -43,7 +45,7 @@ def load(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
-) -> AttentionKernels:
+) -> LineKernels:
     """Load both kernels, compiling them in parallel where no cache has them.
 
     Args:
@@ -53,15 +55,12 @@ def load(
         head_dim_qk: size of a query or key row, a multiple of 8.
         head_dim_vo: size of a value or output row, a multiple of 8.
     """
-    key = (q_dtype, kv_dtype, o_dtype, head_dim_qk, head_dim_vo)
-    kernels = _kernels.get(key)
-    if kernels is None:
-        types = {
-            "q_dtype": q_dtype,
-            "kv_dtype": kv_dtype,
-            "o_dtype": o_dtype,
-            "head_dim_qk": head_dim_qk,
-            "head_dim_vo": head_dim_vo,
-        }
-        kernels = _kernels[key] = AttentionKernels(types)
-    return kernels
+    return load_lines(
+        attention_specs(
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=o_dtype,
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+        )
+    )

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from fi_backend.jit import KernelSpec, load
+from fi_backend.jit import KernelSpec, build, load
 from fi_backend.kernels import host_plan
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
-__all__ = ["LineKernel", "call_count", "line_spec", "load_line", "partial_floats"]
+__all__ = ["LineKernels", "call_count", "line_spec", "load_lines", "partial_floats"]
 
-_kernels: dict[str, LineKernel] = {}
+_kernels: dict[tuple[str, ...], LineKernels] = {}
+_call_counts: dict[str, Callable[[], int]] = {}
 
 
 def line_spec(
@@ -62,13 +63,15 @@ def partial_floats(
     )
 
 
-class LineKernel:
-    """A loaded attention module; see `run`."""
+class LineKernels:
+    """Loaded attention modules that run one after the other; see `run`."""
 
-    def __init__(self, spec: KernelSpec) -> None:
-        module = load(spec)
-        self._run: Callable[..., None] = module.get_function("run")
-        self.call_count: Callable[[], int] = module.get_function("call_count")
+    def __init__(self, specs: tuple[KernelSpec, ...]) -> None:
+        build(specs)
+        modules = [load(spec) for spec in specs]
+        self._runs: list[Callable[..., bool]] = [m.get_function("run") for m in modules]
+        for spec, module in zip(specs, modules, strict=True):
+            _call_counts.setdefault(spec.name, module.get_function("call_count"))
 
     def run(
         self,
@@ -100,7 +103,7 @@ class LineKernel:
         rope_theta: float = 0.0,
         num_workers: int,
     ) -> None:
-        """Attend for every request of this kernel's line of the plan.
+        """Attend for every request of these kernels' lines of the plan.
 
         Args:
             plan_buffer: int32, written by host_plan for these lengths.
@@ -138,7 +141,7 @@ class LineKernel:
         """
         k_scales, k_value = (k_scale, 1.0) if isinstance(k_scale, torch.Tensor) else (None, k_scale)
         v_scales, v_value = (v_scale, 1.0) if isinstance(v_scale, torch.Tensor) else (None, v_scale)
-        self._run(
+        arguments = (
             q,
             k_cache,
             v_cache,
@@ -168,16 +171,21 @@ class LineKernel:
             rope_theta,
             num_workers,
         )
+        # Each module tells whether the other line has work: most steps need one call.
+        for run in self._runs:
+            if not run(*arguments):
+                return
 
 
-def load_line(spec: KernelSpec) -> LineKernel:
-    """Load the module of `spec`, once per process."""
-    kernel = _kernels.get(spec.name)
-    if kernel is None:
-        kernel = _kernels[spec.name] = LineKernel(spec)
-    return kernel
+def load_lines(specs: tuple[KernelSpec, ...]) -> LineKernels:
+    """Load the modules of `specs`, once per process; compile missing ones in parallel."""
+    key = tuple(spec.name for spec in specs)
+    kernels = _kernels.get(key)
+    if kernels is None:
+        kernels = _kernels[key] = LineKernels(specs)
+    return kernels
 
 
 def call_count() -> int:
     """Count runs inside native code, over all attention modules this process has loaded."""
-    return sum(int(kernel.call_count()) for kernel in _kernels.values())
+    return sum(int(count()) for count in _call_counts.values())

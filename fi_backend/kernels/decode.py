@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.attention_line import LineKernel, line_spec, load_line, partial_floats
+from fi_backend.kernels.attention_line import LineKernels, line_spec, load_lines, partial_floats
 
 __all__ = ["decode_spec", "load", "partial_floats"]
 
@@ -36,14 +36,13 @@ def load(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
-) -> LineKernel:
+) -> LineKernels:
     """Load the few-row kernel, compiling it where no cache has it."""
-    return load_line(
-        decode_spec(
-            q_dtype=q_dtype,
-            kv_dtype=kv_dtype,
-            o_dtype=o_dtype,
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-        )
+    spec = decode_spec(
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
     )
+    return load_lines((spec,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.attention_line import LineKernel, line_spec, load_line, partial_floats
+from fi_backend.kernels.attention_line import LineKernels, line_spec, load_lines, partial_floats
 
 __all__ = ["load", "partial_floats", "prefill_spec"]
 
@@ -36,14 +36,13 @@ def load(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
-) -> LineKernel:
+) -> LineKernels:
     """Load the many-row kernel, compiling it where no cache has it."""
-    return load_line(
-        prefill_spec(
-            q_dtype=q_dtype,
-            kv_dtype=kv_dtype,
-            o_dtype=o_dtype,
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-        )
+    spec = prefill_spec(
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
     )
+    return load_lines((spec,))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     return directory
 
 
@@ -46,7 +48,7 @@ def test_cxx_order(empty_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_nvcc_order(empty_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toolchain.find_nvcc() is None
-    wheel = program(tmp_path / "platlib" / "nvidia" / "cu13" / "bin" / "nvcc")
+    wheel = program(tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc")
     assert toolchain.find_nvcc() == str(wheel)
     on_path = program(empty_path / "nvcc")
     assert toolchain.find_nvcc() == str(on_path)

@@ -73,10 +73,11 @@ inline PageTable page_table(const Optional<TensorView>& page_indptr,
   return table;
 }
 
+// Run this line of the plan; return whether the other line has work too.
 // q [num_rows, num_qo_heads, qk], k_cache [num_pages, page_size, num_kv_heads, qk], v_cache
 // [.., vo], out [num_rows, num_qo_heads, vo], lse f32 [num_rows, num_qo_heads].
 template <class Traits>
-void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
+bool run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
                    Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
                    TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
                    Optional<TensorView> page_indices, Optional<TensorView> block_table,
@@ -108,10 +109,11 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
                               << "of " << num_qo_heads << " query heads, got " << page_size
                               << " and " << num_kv_heads;
   }
-  for (const auto& [name, tensor] : {std::pair{"alibi_slopes", &alibi_slopes}, {"sinks", &sinks}}) {
-    if (tensor->has_value()) {
-      check_tensor(name, tensor->value(), kDtypeOf<float>, {num_qo_heads}, device);
-    }
+  if (alibi_slopes.has_value()) {
+    check_tensor("alibi_slopes", alibi_slopes.value(), kDtypeOf<float>, {num_qo_heads}, device);
+  }
+  if (sinks.has_value()) {
+    check_tensor("sinks", sinks.value(), kDtypeOf<float>, {num_qo_heads}, device);
   }
   if (custom_mask.has_value() != mask_indptr.has_value()) {
     TVM_FFI_THROW(ValueError) << "custom_mask and mask_indptr must be given together";
@@ -187,11 +189,14 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
   params.rope_scale = static_cast<float>(rope_scale);
   params.rope_theta = static_cast<float>(rope_theta);
 
-  // A plan with work in both lines is one run of the layer: its first line counts it.
-  if (Traits::kLine == kFewRows || !plan.has_work[kFewRows]) {
-    attention_runs().fetch_add(1, std::memory_order_relaxed);
+  if (plan.has_work[Traits::kLine]) {
+    // A plan with work in both lines is one run of the layer: its first line counts it.
+    if (Traits::kLine == kFewRows || !plan.has_work[kFewRows]) {
+      attention_runs().fetch_add(1, std::memory_order_relaxed);
+    }
+    cpu::run_line<Traits>(params, plan);
   }
-  cpu::run_line<Traits>(params, plan);
+  return plan.has_work[kNumLines - 1 - Traits::kLine] != 0;
 }
 
 }  // namespace fi::bindings

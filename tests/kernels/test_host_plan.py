@@ -1,0 +1,252 @@
+"""Properties of the planner: all work exactly once, balanced, deterministic, in bounds."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_floats
+
+FEW_ROWS_LIMIT, TILE_ROWS = 16, 256  # attention/workspace.h, head_dim up to 128
+HEADER, GEOMETRY_INTS = 16, 9
+MAX_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """Inputs of a plan."""
+
+    qo_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    group_size: int
+    num_kv_heads: int
+    causal: bool
+    window_left: int
+    num_workers: int
+    split: int
+    many_rows_only: bool
+
+    def plan(self) -> torch.Tensor:
+        size = plan_buffer_ints(max_reqs=len(self.qo_lens), num_workers=self.num_workers)
+        buffer = torch.full((size,), -7, dtype=torch.int32)
+        host_plan(
+            plan_buffer=buffer,
+            qo_indptr=torch.tensor([0, *self.qo_lens]).cumsum(0).to(torch.int32),
+            kv_lens=torch.tensor(self.kv_lens, dtype=torch.int32),
+            num_qo_heads=self.group_size * self.num_kv_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim_qk=64,
+            head_dim_vo=128,
+            q_dtype=torch.float32,
+            kv_dtype=torch.float32,
+            causal=self.causal,
+            window_left=self.window_left,
+            num_workers=self.num_workers,
+            split=self.split,
+            many_rows_only=self.many_rows_only,
+        )
+        return buffer
+
+
+def visible(step: Step, qo_len: int, kv_len: int, row: int) -> tuple[int, int]:
+    """Keys that a row sees, from the definition."""
+    position = kv_len - qo_len + row
+    end = max(0, min(kv_len, position + 1)) if step.causal else kv_len
+    begin = max(0, position - step.window_left) if step.window_left >= 0 else 0
+    return min(begin, end), end
+
+
+def items(step: Step, line: int) -> list[tuple[tuple[int, int, int], int]]:
+    """List ((request, head, tile), kv tokens) of a line in order."""
+    listed = []
+    for request, (qo_len, kv_len) in enumerate(zip(step.qo_lens, step.kv_lens, strict=True)):
+        rows = qo_len * step.group_size
+        is_few = rows <= FEW_ROWS_LIMIT and not step.many_rows_only
+        if qo_len == 0 or is_few != (line == 0):
+            continue
+        height = rows if is_few else TILE_ROWS
+        for head in range(step.num_kv_heads):
+            for tile in range(-(-rows // height)):
+                first, last = tile * height, min(rows, (tile + 1) * height) - 1
+                begin, _ = visible(step, qo_len, kv_len, first // step.group_size)
+                _, end = visible(step, qo_len, kv_len, last // step.group_size)
+                listed.append(((request, head, tile), end - begin))
+    return listed
+
+
+def starts(step: Step, buffer: torch.Tensor, line: int) -> list[tuple[int, int, int, int]]:
+    """Read where each worker begins, the end of the line last."""
+    requests = len(step.qo_lens)
+    begin = HEADER + 2 * 2 * (requests + 1) + line * 4 * (step.num_workers + 1)
+    rows = buffer[begin : begin + 4 * (step.num_workers + 1)].view(-1, 4)
+    return [tuple(row) for row in rows.tolist()]
+
+
+def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple, int, int]]]:
+    """List each worker's (item, begin, end) by cutting the line where the plan says."""
+    edges = starts(step, buffer, line)
+    assert edges == sorted(edges), "workers are out of order"
+    owned: list[list[tuple[tuple, int, int]]] = [[] for _ in range(step.num_workers)]
+    for item, tokens in items(step, line):
+        for w in range(step.num_workers):
+            low, high = edges[w], edges[w + 1]
+            begin = low[3] if low[:3] == item else (0 if low[:3] < item else tokens)
+            end = high[3] if high[:3] == item else (0 if high[:3] < item else tokens)
+            holds_empty_item = tokens == 0 and low <= (*item, 0) < high
+            if begin < end or holds_empty_item:
+                owned[w].append((item, begin, end))
+    return owned
+
+
+@st.composite
+def steps(draw: st.DrawFn, max_len: int = 3000) -> Step:
+    count = draw(st.integers(0, 8))
+    kv_lens = draw(st.lists(st.integers(0, max_len), min_size=count, max_size=count))
+    qo_lens = draw(
+        st.lists(st.sampled_from([0, 1, 1, 2, 5, 17, 300, 1000]), min_size=count, max_size=count)
+    )
+    return Step(
+        tuple(qo_lens),
+        tuple(kv_lens),
+        group_size=draw(st.integers(1, 20)),
+        num_kv_heads=draw(st.integers(1, 4)),
+        causal=draw(st.booleans()),
+        window_left=draw(st.sampled_from([-1, 0, 5, 100, 5000])),
+        num_workers=draw(st.integers(1, 40)),
+        split=draw(st.sampled_from([0, 0, -1, 1, 64, 300])),
+        many_rows_only=draw(st.booleans()),
+    )
+
+
+@given(steps())
+@settings(deadline=None, max_examples=300)
+def test_every_item_is_covered_exactly_once(step: Step) -> None:
+    buffer = step.plan()
+    for line in (0, 1):
+        listed = items(step, line)
+        assert buffer[14 + line] == bool(listed)
+        covered: dict[tuple, list[tuple[int, int]]] = {item: [] for item, _ in listed}
+        for owned in pieces(step, buffer, line):
+            for item, begin, end in owned:
+                covered[item].append((begin, end))
+        for item, tokens in listed:
+            parts = covered[item]
+            assert parts[0][0] == 0
+            assert parts[-1][1] == tokens
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
+
+
+@given(steps())
+@settings(deadline=None, max_examples=200)
+def test_a_worker_shares_at_most_two_items(step: Step) -> None:
+    buffer = step.plan()
+    for line in (0, 1):
+        tokens_of = dict(items(step, line))
+        for owned in pieces(step, buffer, line):
+            cut = [i for i, (item, a, b) in enumerate(owned) if b - a < tokens_of[item]]
+            assert all(i in (0, len(owned) - 1) for i in cut)
+
+
+@given(steps())
+@settings(deadline=None, max_examples=200)
+def test_splits_do_not_depend_on_batch_or_workers(step: Step) -> None:
+    buffer = step.plan()
+    for line in (0, 1):
+        tokens_of = dict(items(step, line))
+        for owned in pieces(step, buffer, line):
+            for item, begin, end in owned:
+                tokens = tokens_of[item]
+                if step.split == -1 or (step.split > 0 and line == 1):
+                    assert (begin, end) == (0, tokens)
+                elif step.split > 0:
+                    chunk = step.split * max(1, -(-tokens // (step.split * MAX_CHUNKS)))
+                    assert begin % chunk == 0
+                    assert end % chunk == 0 or end == tokens
+
+
+def cost(step: Step, line: int, item: tuple[int, int, int], begin: int, end: int) -> float:
+    """Weigh a piece by its rows, as the kernels spend time."""
+    rows = step.qo_lens[item[0]] * step.group_size
+    if line == 1:
+        rows = min(TILE_ROWS, rows - item[2] * TILE_ROWS)
+    return (end - begin) * (-(-rows // 16) + 1) / 16 + 4
+
+
+@given(steps(max_len=20000))
+@settings(deadline=None, max_examples=200)
+def test_work_is_balanced(step: Step) -> None:
+    if step.split != 0:
+        return
+    buffer = step.plan()
+    for line in (0, 1):
+        costs = [
+            sum(cost(step, line, *piece) for piece in owned) for owned in pieces(step, buffer, line)
+        ]
+        # A cut moves by at most kMinPieceTokens at either side, and a causal tile is estimated.
+        slack = 2 * (128 + TILE_ROWS) * (TILE_ROWS // 16 + 1) / 16
+        assert max(costs) <= sum(costs) / step.num_workers + slack
+
+
+def test_totals_beyond_int32() -> None:
+    step = Step((1,) * 5, (2**31 - 1,) * 5, 8, 128, True, -1, 7, 0, False)
+    buffer = step.plan()
+    shares = [sum(end - begin for _, begin, end in owned) for owned in pieces(step, buffer, 0)]
+    assert sum(shares) == 5 * 128 * (2**31 - 1)
+    assert max(shares) - min(shares) < 10**4
+
+
+def test_same_lengths_give_the_same_plan() -> None:
+    step = Step((1, 300, 2), (5000, 300, 7), 4, 2, True, -1, 6, 0, False)
+    assert torch.equal(step.plan(), step.plan())
+
+
+def test_no_requests() -> None:
+    step = Step((), (), 4, 2, True, -1, 3, 0, False)
+    assert starts(step, step.plan(), 0) == [(0, 0, 0, 0)] * 4
+
+
+def test_sizes_follow_from_capacities() -> None:
+    assert plan_buffer_ints(max_reqs=100, num_workers=4) < 1000
+    one = workspace_floats(num_workers=1, head_dim_qk=128, head_dim_vo=128)
+    many = workspace_floats(num_workers=64, head_dim_qk=128, head_dim_vo=128)
+    assert many <= 64 * one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_workers": 0}, "num_workers at least 1, got"),
+        ({"qo_indptr": torch.tensor([0, 5, 3], dtype=torch.int32)}, "never decrease, got 5 and 3"),
+        ({"qo_indptr": torch.tensor([-1, 0, 3], dtype=torch.int32)}, "start at 0 or above"),
+        ({"kv_lens": torch.tensor([4, -2], dtype=torch.int32)}, "at least 0, got -2 at index 1"),
+        ({"qo_indptr": torch.zeros(2, dtype=torch.int32)}, r"shape must be \[3\], got \[2\]"),
+        ({"kv_lens": torch.zeros(2)}, "kv_lens: dtype must be int32, got float32"),
+        ({"num_qo_heads": 7}, "multiple of num_kv_heads, got 7 and 2"),
+        ({"window_left": -2}, "window_left and split must be"),
+        ({"plan_buffer": torch.zeros(8, dtype=torch.int32)}, "size it with plan_buffer_ints"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "plan_buffer": torch.zeros(200, dtype=torch.int32),
+        "qo_indptr": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "kv_lens": torch.tensor([4, 4], dtype=torch.int32),
+        "num_qo_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim_qk": 64,
+        "head_dim_vo": 64,
+        "q_dtype": torch.float32,
+        "kv_dtype": torch.float32,
+        "causal": True,
+        "window_left": -1,
+        "num_workers": 2,
+        "split": 0,
+        "many_rows_only": False,
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        host_plan(**(arguments | change))
