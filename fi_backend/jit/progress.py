@@ -45,7 +45,7 @@ def _log_lines(title: str) -> ProgressCallback:
         now = time.monotonic()
         if done == total or now - last >= _LOG_EVERY_SECONDS:
             last = now
-            _log.info("compiled %d/%d of %s in %.1f s", done, total, title, now - started)
+            _log.info("compiling %s: step %d of %d, %.1f s", title, done, total, now - started)
 
     return update
 

@@ -168,7 +168,8 @@ class Attend {
       if (seen <= 0 || block.some_begin >= end_key) continue;
       score(block, queries_.block_q(b), seen);
       const int num_steps = softmax_tile<C>(block, logits_, scores_, seen, keys.first);
-      value_tile<C, Shape::kColumns>(scores_, block.width, keys_.values(), num_steps,
+      const Weights weights = {scores_, block.width, block.keys_per_vector()};
+      value_tile<C, Shape::kColumns>(weights, keys_.values(), num_steps,
                                      is_empty_[b] ? nullptr : block.alpha, block.num_rows,
                                      o_row(b * kBlockRows));
       is_empty_[b] = false;

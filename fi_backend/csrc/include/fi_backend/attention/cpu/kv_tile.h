@@ -67,7 +67,10 @@ class KvTile {
   const float* const* k_words() const { return k_words_; }
   KeyRows key_rows() const {
     return {k_words_, reinterpret_cast<const void* const*>(next_k_rows_),
-            static_cast<int>(Shape::kQk * sizeof(Kv))};
+            kPairsInRegisters || kReadsVInPlace
+                ? nullptr
+                : reinterpret_cast<const void* const*>(next_v_rows_),
+            static_cast<int>(Shape::kQk * sizeof(Kv)), static_cast<int>(Shape::kVo * sizeof(Kv))};
   }
 
   // Source of V for value_tile().
@@ -101,12 +104,14 @@ class KvTile {
       if (angles != nullptr) angles->seek(keys.first);
       for (int i = 0; i < num_keys; ++i) {
         C* row = k_tile_ + int64_t{i} * kKeyStride;
-        widen_row(k_rows_[i], Shape::kQk, row_);
-        if (angles != nullptr) {
+        if (angles == nullptr) {
+          convert_row(k_rows_[i], Shape::kQk, row);
+        } else {
+          widen_row(k_rows_[i], Shape::kQk, row_);
           angles->rotate(row_);
           angles->next();
+          narrow_row(row_, Shape::kQk, row);
         }
-        narrow_row(row_, Shape::kQk, row);
         k_words_[i] = reinterpret_cast<const float*>(row);
       }
     }

@@ -59,7 +59,7 @@ class QueryTile {
 
   int num_blocks() const { return num_blocks_; }
   const RowBlock& block(int b) const { return blocks_[b]; }
-  // [kQkWords, width] words; [width, kQkPaddedWords] where width is at most kMaxHorizontalRows.
+  // [kQkWords, width] words; [width, kQkPaddedWords] for up to kMaxHorizontalRows few rows.
   const float* block_q(int b) const { return q_ + int64_t{b} * kBlockRows * Shape::kQkPaddedWords; }
   float* max() const { return max_; }
   float* sum() const { return sum_; }
@@ -99,27 +99,35 @@ class QueryTile {
   void set_visible(RowBlock& block, int row_begin) {
     block.some_begin = block.all_end = piece_.kv_len;
     block.some_end = block.all_begin = 0;
-    for (int lane = 0; lane < block.num_lanes(); ++lane) {
+    KvRange seen{};
+    for (int row = 0; row < block.width; ++row) {
       // Rows that do not exist see what the last row sees.
-      const int row = std::min(lane % block.width, block.num_rows - 1);
-      const int key_offset = lane / block.width;
-      const PackedRow& packed = rows_[row_begin + row];
-      const KvRange seen = visible_tokens(geometry_, piece_.qo_len, piece_.kv_len, packed.token);
-      block.first[lane] = seen.begin - key_offset;
-      block.last[lane] = seen.end - 1 - key_offset;
-      block.position[lane] = piece_.kv_len - piece_.qo_len + packed.token - key_offset;
-      block.slope[lane] =
+      const PackedRow& packed = rows_[row_begin + std::min(row, block.num_rows - 1)];
+      if (row == 0 || (row < block.num_rows && packed.token != rows_[row_begin + row - 1].token)) {
+        seen = visible_tokens(geometry_, piece_.qo_len, piece_.kv_len, packed.token);
+        block.some_begin = std::min(block.some_begin, seen.begin);
+        block.some_end = std::max(block.some_end, seen.end);
+        block.all_begin = std::max(block.all_begin, seen.begin);
+        block.all_end = std::min(block.all_end, seen.end);
+      }
+      block.first[row] = seen.begin;
+      block.last[row] = seen.end - 1;
+      block.position[row] = piece_.kv_len - piece_.qo_len + packed.token;
+      block.slope[row] =
           params_.alibi_slopes != nullptr ? params_.alibi_slopes[packed.head] * kLog2e : 0.0f;
-      block.some_begin = std::min(block.some_begin, seen.begin);
-      block.some_end = std::max(block.some_end, seen.end);
-      block.all_begin = std::max(block.all_begin, seen.begin);
-      block.all_end = std::min(block.all_end, seen.end);
+    }
+    // Lanes past the rows are the same rows at later keys.
+    for (int lane = block.width; lane < block.num_lanes(); ++lane) {
+      block.first[lane] = block.first[lane - block.width] - 1;
+      block.last[lane] = block.last[lane - block.width] - 1;
+      block.position[lane] = block.position[lane - block.width] - 1;
+      block.slope[lane] = block.slope[lane - block.width];
     }
   }
 
   void pack(const RowBlock& block, int row_begin, RotaryAngles<Shape::kQk>* angles) {
     float* q = q_ + int64_t{row_begin} * Shape::kQkPaddedWords;
-    if (block.width <= kMaxHorizontalRows) {
+    if (Shape::kLine == kFewRows && block.width <= kMaxHorizontalRows) {
       for (int row = 0; row < block.width; ++row) {
         float* out = q + row * Shape::kQkPaddedWords;
         std::fill_n(out, Shape::kQkPaddedWords, 0.0f);

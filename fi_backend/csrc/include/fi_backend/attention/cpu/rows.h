@@ -1,8 +1,11 @@
 // Rows of the cache: where they are, and conversions of whole rows.
 #pragma once
 
+#include <fi_backend/attention/cpu/bf16_rows.h>
 #include <fi_backend/attention/cpu/row_vectors.h>
 #include <fi_backend/attention/params.h>
+
+#include <type_traits>
 
 namespace fi::cpu {
 
@@ -55,14 +58,14 @@ inline void narrow_row(const float* row, int head_dim, C* out) {
   for_each_vector(head_dim, [&](int d, int n) { store_some(out + d, load(row + d), n); });
 }
 
-// One word per column from the rows of two keys, both exact in bf16.
-template <class Kv>
-inline void pair_rows(const Kv* first, const Kv* second, int head_dim, float* out) {
-  for_each_vector(head_dim, [&](int d, int n) {
-    const VecU a = as_bits(load_some(first + d, n));
-    const VecU b = as_bits(load_some(second + d, n));
-    store(out + d, as_float((a >> 16) | (b & 0xffff0000u)));
-  });
+// Convert head_dim values, each exact in C.
+template <class C, class Kv>
+inline void convert_row(const Kv* row, int head_dim, C* out) {
+  if constexpr (std::is_same_v<C, bf16>) {
+    convert_to_bf16(row, head_dim, out);
+  } else {
+    for_each_vector(head_dim, [&](int d, int n) { store_some(out + d, load_some(row + d, n), n); });
+  }
 }
 
 }  // namespace fi::cpu

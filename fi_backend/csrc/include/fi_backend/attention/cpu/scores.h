@@ -59,15 +59,19 @@ void score_many(const float* const* k_rows, int num_keys, const float* q, int ro
   }
 }
 
-// K of a tile for few rows: addresses, readable for whole vectors of keys past num_keys, and those
-// of the keys one tile ahead, which are prefetched meanwhile.
+// K of a tile for few rows: addresses, readable for whole vectors of keys past num_keys, and what
+// is prefetched meanwhile: the same keys one tile ahead, and their values if value_tile() does not.
 struct KeyRows {
   const float* const* rows;
-  const void* const* next;
-  int row_bytes;
+  const void* const* next_k;
+  const void* const* next_v;  // nullptr = none
+  int k_bytes;
+  int v_bytes;
 
   void prefetch_next(int key, int count) const {
-    for (int i = key; i < key + count; ++i) prefetch(next[i], row_bytes);
+    for (int i = key; i < key + count; ++i) prefetch(next_k[i], k_bytes);
+    if (next_v == nullptr) return;
+    for (int i = key; i < key + count; ++i) prefetch(next_v[i], v_bytes);
   }
 };
 

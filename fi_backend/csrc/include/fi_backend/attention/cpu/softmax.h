@@ -107,7 +107,21 @@ inline VecF column_max(const float* column, int stride, int num_vectors) {
   return max(even, odd);
 }
 
-// Turn a column of logits into weights, in place, and return their sum.
+// Replace the logits of keys u and u + 1 by their weights.
+template <class C>
+inline void store_weights(float* column, int stride, int u, VecF even, VecF odd) {
+  if constexpr (std::is_same_v<C, float>) {
+    store(column + u * stride, even);
+    store(column + (u + 1) * stride, odd);
+  } else {
+    const WeightWords words = weight_words(even, odd);
+    store(column + u * stride, words.leading);
+    store(column + (u + 1) * stride, words.rest);
+  }
+}
+
+// Turn a column of logits into weights, in place, and return their sum. An odd last key gets a
+// neighbour of weight 0, for which the column has room.
 template <class C>
 inline VecF column_weights(float* column, int stride, int num_vectors, float scale, VecF base) {
   const auto weight = [&](int u) {
@@ -121,28 +135,19 @@ inline VecF column_weights(float* column, int stride, int num_vectors, float sca
     const VecF odd = weight(u + 1);
     sum_even += even;
     sum_odd += odd;
-    if constexpr (std::is_same_v<C, float>) {
-      store(column + u * stride, even);
-      store(column + (u + 1) * stride, odd);
-    } else {
-      store(column + u / 2 * stride, pair_words(even, odd));
-    }
+    store_weights<C>(column, stride, u, even, odd);
   }
   if (u < num_vectors) {
     const VecF last = weight(u);
     sum_even += last;
-    if constexpr (std::is_same_v<C, float>) {
-      store(column + u * stride, last);
-    } else {
-      store(column + u / 2 * stride, pair_words(last, VecF{}));
-    }
+    store_weights<C>(column, stride, u, last, VecF{});
   }
   return sum_even + sum_odd;
 }
 
 // Turn the products of one tile of keys into weights, in place, and update the rows' state.
-// Weights come out as words of C: [steps, width], where step i of float is key i, and the two keys
-// of a word of bf16 are those of two consecutive vectors. Returns the number of steps.
+// Weights come out as words of C in the rows [keys, width]: for float, step i is key i; a word of
+// bf16 has two keys and two rows, see first_key_row(). Returns the number of steps.
 template <class C>
 int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int num_keys,
                  int32_t first_key) {

@@ -2,6 +2,7 @@
 // columns of V; weights are broadcast.
 #pragma once
 
+#include <fi_backend/attention/cpu/bf16_rows.h>
 #include <fi_backend/attention/cpu/compute.h>
 
 namespace fi::cpu {
@@ -33,7 +34,7 @@ struct RowPairs {
   void load(int step, int column, VecF* value) const {
     static_assert(kVectors % 2 == 0, "a vector of bf16 holds two vectors' columns");
 #if defined(__AVX512BF16__)
-    const int first = step / distance * 2 * distance + step % distance;
+    const int first = first_key_row<bf16>(step, distance);
     const bf16* a = rows[first] + column;
     const bf16* b = rows[first + distance] + column;
     constexpr int kBytes = kVectors * kLanes * sizeof(bf16);
@@ -41,26 +42,27 @@ struct RowPairs {
     prefetch(static_cast<const bf16*>(next[first + distance]) + column, kBytes);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; j += 2) {
-      const __m512i x = _mm512_loadu_si512(a + j * kLanes);
-      const __m512i y = _mm512_loadu_si512(b + j * kLanes);
-      value[j] = (VecF)_mm512_permutex2var_epi16(x, _mm512_load_si512(kLow), y);
-      value[j + 1] = (VecF)_mm512_permutex2var_epi16(x, _mm512_load_si512(kHigh), y);
+      const Bf16Pairs pairs(_mm512_loadu_si512(a + j * kLanes), _mm512_loadu_si512(b + j * kLanes));
+      value[j] = (VecF)pairs.low;
+      value[j + 1] = (VecF)pairs.high;
     }
 #endif
   }
-
-  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  alignas(64) static constexpr uint16_t kHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
-                                                     53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
-                                                     27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
 };
 
-// kRows rows by kVectors vectors of columns. p: [num_steps, p_stride], one word per step and row;
-// alpha: [kRows], or nullptr where o holds nothing yet; o: [kRows, o_stride].
+// The weights of a tile as softmax_tile() leaves them, from some query row on.
+struct Weights {
+  const float* words;  // [keys, stride]
+  int stride;          // query rows side by side
+  int distance;        // keys between the two of a bf16 word
+
+  Weights from_row(int row) const { return {words + row, stride, distance}; }
+};
+
+// kRows rows by kVectors vectors of columns. alpha: [kRows], or nullptr where o holds nothing yet;
+// o: [kRows, o_stride].
 template <class C, int kRows, int kVectors, class Source>
-inline void value_block(const float* p, int p_stride, const Source& v, int column, int num_steps,
+inline void value_block(const Weights& p, const Source& v, int column, int num_steps,
                         const float* alpha, float* o, int o_stride) {
   VecF acc[kRows][kVectors] = {};
   if (alpha != nullptr) {
@@ -75,11 +77,21 @@ inline void value_block(const float* p, int p_stride, const Source& v, int colum
   for (int step = 0; step < num_steps; ++step) {
     VecF value[kVectors];
     v.template load<kVectors>(step, column, value);
+    const float* words = p.words + first_key_row<C>(step, p.distance) * p.stride;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const VecF weight = broadcast_word<VecF>(p[step * p_stride + i]);
+      const VecF weight = broadcast_word<VecF>(words[i]);
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = dot<C>(acc[i][j], weight, value[j]);
+    }
+    if constexpr (!std::is_same_v<C, float>) {
+      const float* rest = words + p.distance * p.stride;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const VecF weight = broadcast_word<VecF>(rest[i]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = dot<C>(acc[i][j], weight, value[j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -100,30 +112,30 @@ constexpr int kValueSums = 8;
 
 // kRows rows, all columns. o: [kRows, kColumns], kColumns a multiple of kLanes.
 template <class C, int kRows, int kColumns, class Source>
-inline void value_rows(const float* p, int p_stride, const Source& v, int num_steps,
-                       const float* alpha, float* o) {
+inline void value_rows(const Weights& p, const Source& v, int num_steps, const float* alpha,
+                       float* o) {
   constexpr int kTotal = kColumns / kLanes;
   constexpr int kWanted = kValueSums / kRows < 8 ? kValueSums / kRows : 8;
   constexpr int kVectors = kWanted < kTotal ? kWanted : kTotal;
   constexpr int kRest = kTotal % kVectors;
   int column = 0;
   for (; column + kVectors * kLanes <= kColumns; column += kVectors * kLanes) {
-    value_block<C, kRows, kVectors>(p, p_stride, v, column, num_steps, alpha, o, kColumns);
+    value_block<C, kRows, kVectors>(p, v, column, num_steps, alpha, o, kColumns);
   }
   if constexpr (kRest > 0) {
-    value_block<C, kRows, kRest>(p, p_stride, v, column, num_steps, alpha, o, kColumns);
+    value_block<C, kRows, kRest>(p, v, column, num_steps, alpha, o, kColumns);
   }
 }
 
 // All rows of a block; o: [num_rows, kColumns]. num_rows is rounded up to what a kernel computes,
 // at most to a power of two: p, alpha and o have room for that.
 template <class C, int kColumns, class Source>
-void value_tile(const float* p, int p_stride, const Source& v, int num_steps, const float* alpha,
-                int num_rows, float* o) {
+void value_tile(const Weights& p, const Source& v, int num_steps, const float* alpha, int num_rows,
+                float* o) {
   constexpr int kRows = kValueSums / 2;
   int row = 0;
   const auto rows_left = [&](auto rows) {
-    value_rows<C, decltype(rows)::value, kColumns>(p + row, p_stride, v, num_steps,
+    value_rows<C, decltype(rows)::value, kColumns>(p.from_row(row), v, num_steps,
                                                    alpha == nullptr ? nullptr : alpha + row,
                                                    o + int64_t{row} * kColumns);
     row += decltype(rows)::value;

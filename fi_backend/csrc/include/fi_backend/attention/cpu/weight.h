@@ -6,7 +6,7 @@
 namespace fi::cpu {
 
 // Minimax in relative error over [-0.5, 0.5] with p(0) = 1: to 3e-9 for float weights; to 4e-7
-// where weights are rounded to bf16 anyway and only their sum sees the difference.
+// where weights become two bf16, which hold them to 2^-16.
 template <class C>
 inline VecF weight_exp2(VecF x) {
   constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23
