@@ -11,7 +11,7 @@ if [[ $# -ne 1 ]]; then
   exit 2
 fi
 directory=$1
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 
 fetch() {  # version requirement
   local site="$directory/$1"
