@@ -60,11 +60,13 @@ inline void store_words(void* p, V v) {
 
 constexpr int kCacheLine = 64;
 
-// Ask for `bytes` from p on, into the second-level cache: they are needed a tile later.
+// Ask for the cache line at `offset` from p, into the second-level cache: it is needed a tile
+// later.
+inline void prefetch_line(const void* p, int offset) {
+  __builtin_prefetch(static_cast<const char*>(p) + offset, 0, 2);
+}
 inline void prefetch(const void* p, int bytes) {
-  for (int offset = 0; offset < bytes; offset += kCacheLine) {
-    __builtin_prefetch(static_cast<const char*>(p) + offset, 0, 2);
-  }
+  for (int offset = 0; offset < bytes; offset += kCacheLine) prefetch_line(p, offset);
 }
 
 // acc + a * b per word. V is a vector of 16, 8 or 4 words.

@@ -3,6 +3,8 @@
 
 #include <fi_backend/attention/cpu/transpose.h>
 
+#include <algorithm>
+
 namespace fi::cpu {
 
 // The lanes of a vector are query rows, so that K is read in place, one broadcast word at a time,
@@ -68,10 +70,16 @@ struct KeyRows {
   int k_bytes;
   int v_bytes;
 
-  void prefetch_next(int key, int count) const {
-    for (int i = key; i < key + count; ++i) prefetch(next_k[i], k_bytes);
-    if (next_v == nullptr) return;
-    for (int i = key; i < key + count; ++i) prefetch(next_v[i], v_bytes);
+  // Cache line `line` of each of some keys, and the same of their values. Few lines at a time: a
+  // burst of prefetches fills the queue of misses and holds up what follows.
+  void prefetch_next(int key, int count, int line) const {
+    const int offset = line * kCacheLine;
+    if (offset < k_bytes) {
+      for (int i = key; i < key + count; ++i) prefetch_line(next_k[i], offset);
+    }
+    if (next_v != nullptr && offset < v_bytes) {
+      for (int i = key; i < key + count; ++i) prefetch_line(next_v[i], offset);
+    }
   }
 };
 
@@ -80,7 +88,9 @@ template <class C, int kWidth>
 void score_one_vector(const KeyRows& k, int num_keys, const float* q, int num_words, float* s) {
   constexpr int kTokens = 8;
   for (int t = 0; t < num_keys; t += kTokens) {
-    k.prefetch_next(t, kTokens);
+    for (int line = 0; line * kCacheLine < std::max(k.k_bytes, k.v_bytes); ++line) {
+      k.prefetch_next(t, kTokens, line);
+    }
     score_block<C, Vector<kWidth>, kTokens, 1>(k.rows + t, q, kWidth, num_words, s + t * kWidth,
                                                kWidth);
   }
@@ -92,9 +102,9 @@ template <class C, int kRows>
 void score_few(const KeyRows& k, int num_keys, const float* q, int num_words, float* s) {
   constexpr int kTokens = kLanes / kRows;
   for (int t = 0; t < num_keys; t += kTokens) {
-    k.prefetch_next(t, kTokens);
     VecF acc[kLanes] = {};
     for (int w = 0; w < num_words; w += kLanes) {
+      k.prefetch_next(t, kTokens, w / kLanes);
       VecF row[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) row[r] = load_words<VecF>(q + r * num_words + w);
