@@ -308,11 +308,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             sm_scale=sm_scale,
         )
 
-    # A plain method, since torch.compile does not trace functools.partialmethod.
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call run() with return_lse=True; arguments as there."""
-        return self.run(*args, **{"return_lse": True, **kwargs})  # type: ignore[return-value]
-
     def forward(
         self,
         q: torch.Tensor,

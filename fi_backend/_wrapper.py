@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ __all__ = ["AttentionWrapper", "Scale"]
 Scale = float | torch.Tensor | None
 
 
-class AttentionWrapper:
+class AttentionWrapper(ABC):
     """Base of the batch wrappers: plans with the core and runs what it planned."""
 
     def __init__(
@@ -78,7 +79,17 @@ class AttentionWrapper:
         check_workspace(self._name, "int_workspace_buffer", int_workspace_buffer)
         self._workspace = Workspace(float_workspace_buffer.device, buffer=float_workspace_buffer)
 
-    def end_forward(self) -> None:
+    @abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend over the planned batch; see each wrapper."""
+
+    # A plain method, since torch.compile does not trace functools.partialmethod.
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call run() with return_lse=True; arguments as there."""
+        state: tuple[torch.Tensor, torch.Tensor] = self.run(*args, **{"return_lse": True, **kwargs})
+        return state
+
+    def end_forward(self) -> None:  # noqa: B027 (empty on purpose)
         """Do nothing; kept for callers written against older versions."""
 
     def _fixed_buffers(self, **buffers: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -11,11 +11,10 @@ from fi_backend.jit import KernelSpec
 from fi_backend.kernels import (
     activation,
     append_kv,
-    decode,
+    attention,
     host_plan,
     merge,
     norm,
-    prefill,
     rope,
 )
 from fi_backend.spec import AttentionSpec, supports
@@ -71,7 +70,7 @@ def specs_for_model(config: Mapping[str, Any]) -> list[KernelSpec]:
             "head_dim_qk": head_dim,
             "head_dim_vo": head_dim,
         }
-        specs += [decode.decode_spec(**types), prefill.prefill_spec(**types)]
+        specs += attention.attention_specs(**types)
     specs += [
         append_kv.append_spec(),
         merge.merge_spec(dtype, dtype),
