@@ -1,0 +1,27 @@
+// Asynchronous copies from global to shared memory (sm_80 and up), counted in groups per thread.
+#pragma once
+
+#include <fi_backend/common/macros.h>
+
+namespace fi::ptx {
+
+// Copy 16 bytes past L1. Where `wanted` is false nothing is read and the destination becomes zeros:
+// `global` may then be any address.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool wanted) {
+  const int bytes = wanted ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+
+// Close the group of copies this thread has started since the last call. It may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::); }
+
+// Wait until at most kPending of this thread's latest groups are unfinished. Other threads' copies
+// become visible with a barrier after their wait.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace fi::ptx
