@@ -55,6 +55,7 @@ class PagedAttention:
             raise UnsupportedError(f"PagedAttention: {reason}")
         self.spec = spec
         self._geometry = spec.geometry
+        self._has_no_options = not (spec.alibi or spec.sinks or spec.custom_mask)
         self._kernels = attention_kernels.load(
             q_dtype=spec.q_dtype,
             kv_dtype=spec.kv_dtype,
@@ -105,44 +106,69 @@ class PagedAttention:
             TypeError, ValueError: an argument does not fit the spec or the plan.
         """
         k, v = kv_cache
-        self._check_inputs(plan, q, k, v)
-        self._check_extras(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
-        out, lse = self._check_outputs(plan, q, out, lse, return_lse)
+        is_direct = runs_directly("attention", q=q)
+        self._check_options(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
+        if out is None or not is_direct or self._checked or not self._fits(plan, k):
+            self._check_tensors(plan, q, k, v, out, lse)
+        if out is None or return_lse:
+            out, lse = self._outputs(plan, q, out, lse, return_lse)
         batch = plan.batch
-        launch = self._kernels.run if runs_directly("attention", q=q) else run_traced
-        launch(
-            plan_buffer=plan.buffer,
-            partials=plan.partials,
-            q=q,
-            k_cache=k,
-            v_cache=v,
-            out=out,
-            lse=lse,
-            qo_indptr=batch.qo_indptr,
-            kv_lens=batch.kv_lens,
-            page_indptr=batch.page_indptr,
-            page_indices=batch.page_indices,
-            block_table=batch.block_table,
-            request_rows=batch.request_rows,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            custom_mask=custom_mask,
-            mask_indptr=mask_indptr,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            sm_scale=self.spec.sm_scale,
-            logits_soft_cap=self.spec.logits_soft_cap,
-            window_left=self._geometry.window_left,
-            causal=self._geometry.causal,
-            rope_scale=self.spec.rope_scale,
-            rope_theta=self.spec.rope_theta,
-            num_workers=plan.num_workers,
-        )
+        launch = self._kernels.run if is_direct else run_traced
+        try:
+            launch(
+                plan_buffer=plan.buffer,
+                partials=plan.partials,
+                q=q,
+                k_cache=k,
+                v_cache=v,
+                out=out,
+                lse=lse,
+                qo_indptr=batch.qo_indptr,
+                kv_lens=batch.kv_lens,
+                page_indptr=batch.page_indptr,
+                page_indices=batch.page_indices,
+                block_table=batch.block_table,
+                request_rows=batch.request_rows,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                custom_mask=custom_mask,
+                mask_indptr=mask_indptr,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                sm_scale=self.spec.sm_scale,
+                logits_soft_cap=self.spec.logits_soft_cap,
+                window_left=self._geometry.window_left,
+                causal=self._geometry.causal,
+                rope_scale=self.spec.rope_scale,
+                rope_theta=self.spec.rope_theta,
+                num_workers=plan.num_workers,
+            )
+        except (TypeError, ValueError):
+            # The native code has refused; say why in the terms of this call if we can.
+            self._check_tensors(plan, q, k, v, out, lse)
+            raise
         return (out, lse) if return_lse and lse is not None else out
 
-    def _check_inputs(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _fits(self, plan: Plan, k: torch.Tensor) -> bool:
+        """Whether the plan is for this layer and the cache: what native code does not check."""
+        return (
+            plan.geometry is self._geometry
+            and k.shape[0] >= plan.num_ragged_rows
+            and k.shape[1] == self.spec.page_size
+        )
+
+    def _check_tensors(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Refuse what native code would refuse, or not see, naming the caller's argument."""
         spec = self.spec
-        if plan.geometry is not self._geometry and plan.geometry != self._geometry:
+        if plan.geometry != self._geometry:
             raise ValueError(
                 f"plan was made for {plan.geometry}; this layer has {self._geometry}. "
                 f"Plan again with this layer's spec"
@@ -177,10 +203,22 @@ class PagedAttention:
                 f"k and v must have at least {plan.num_ragged_rows} rows, page_indptr[-1] at plan "
                 f"time; got {k.shape[0]}"
             )
+        rows, heads = q.shape[0], spec.num_qo_heads
+        if out is not None:
+            check_tensor(
+                "out",
+                out,
+                shape=(rows, heads, spec.head_dim_vo),
+                dtype=spec.o_dtype,
+                device=device,
+                last_dim_contiguous=True,
+            )
+        if lse is not None:
+            check_tensor("lse", lse, shape=(rows, heads), dtype=torch.float32, device=device)
         if self._checked:
             _check_used_pages(plan, k.shape[0])
 
-    def _check_extras(
+    def _check_options(
         self,
         plan: Plan,
         alibi_slopes: torch.Tensor | None,
@@ -188,6 +226,9 @@ class PagedAttention:
         custom_mask: torch.Tensor | None,
         mask_indptr: torch.Tensor | None,
     ) -> None:
+        is_plain = alibi_slopes is None and sinks is None and mask_indptr is None
+        if is_plain and custom_mask is None and self._has_no_options:
+            return
         spec = self.spec
         device = plan.batch.device
         for name, value, wanted in (
@@ -223,7 +264,7 @@ class PagedAttention:
                     f"got {custom_mask.shape[0]}"
                 )
 
-    def _check_outputs(
+    def _outputs(
         self,
         plan: Plan,
         q: torch.Tensor,
@@ -231,23 +272,13 @@ class PagedAttention:
         lse: torch.Tensor | None,
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        spec = self.spec
-        rows, heads = q.shape[0], spec.num_qo_heads
+        """Allocate what the caller wants but did not give; padding rows are empty states."""
+        rows, heads = q.shape[0], self.spec.num_qo_heads
         if out is None:
-            out = torch.empty((rows, heads, spec.head_dim_vo), dtype=spec.o_dtype, device=q.device)
+            shape = (rows, heads, self.spec.head_dim_vo)
+            out = torch.empty(shape, dtype=self.spec.o_dtype, device=q.device)
             out[plan.num_tokens :].zero_()
-        else:
-            check_tensor(
-                "out",
-                out,
-                shape=(rows, heads, spec.head_dim_vo),
-                dtype=spec.o_dtype,
-                device=q.device,
-                last_dim_contiguous=True,
-            )
-        if lse is not None:
-            check_tensor("lse", lse, shape=(rows, heads), dtype=torch.float32, device=q.device)
-        elif return_lse:
+        if lse is None and return_lse:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
             lse[plan.num_tokens :] = float("-inf")
         return out, lse

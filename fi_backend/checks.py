@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["check_cpu", "check_lengths", "check_offsets", "check_page_ids", "check_tensor"]
+__all__ = ["check_cpu", "check_offsets", "check_page_ids", "check_tensor"]
 
 
 def check_tensor(
@@ -70,26 +70,6 @@ def check_offsets(name: str, offsets: torch.Tensor, *, start_at_zero: bool = Fal
         raise ValueError(
             f"{name} must never decrease; got {name}[{at}] = {int(offsets[at])} and "
             f"{name}[{at + 1}] = {int(offsets[at + 1])}"
-        )
-
-
-def check_lengths(name: str, lengths: torch.Tensor, *, longest: int | None = None) -> None:
-    """Check that every length in a host tensor lies in [0, longest].
-
-    Raises:
-        ValueError: a length is negative or longer than what its page table can hold.
-    """
-    if lengths.numel() == 0:
-        return
-    shortest = int(lengths.min())
-    if shortest < 0:
-        at = int((lengths < 0).nonzero()[0])
-        raise ValueError(f"{name} must be at least 0; got {name}[{at}] = {shortest}")
-    if longest is not None and int(lengths.max()) > longest:
-        at = int((lengths > longest).nonzero()[0])
-        raise ValueError(
-            f"{name} must be at most {longest}, the tokens its page table row can hold; "
-            f"got {name}[{at}] = {int(lengths[at])}"
         )
 
 

@@ -17,6 +17,7 @@ from fi_backend.checks import check_cpu
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.kernels import host_plan as planner
+from fi_backend.kernels.batch_check import check_batch
 from fi_backend.spec import AttentionSpec, Geometry, supports
 from fi_backend.workspace import Workspace
 
@@ -114,6 +115,14 @@ def plan(
     if workers < 1:
         raise ValueError(f"num_workers must be at least 1; got {workers}")
     batch.validate(spec.page_size)
+    num_tokens = check_batch(
+        qo_indptr=batch.qo_indptr,
+        kv_lens=batch.kv_lens,
+        max_kv_len=batch.max_kv_len(spec.page_size),
+        page_indptr=batch.page_indptr,
+        num_page_indices=None if batch.page_indices is None else batch.page_indices.shape[0],
+        page_size=spec.page_size,
+    )
 
     ints = planner.plan_buffer_ints(max_reqs=batch.num_requests, num_workers=workers)
     if into is not None and into.buffer.numel() >= ints:
@@ -143,6 +152,6 @@ def plan(
         buffer=buffer,
         partials=workspace.partials(_partial_floats(spec, workers)),
         num_workers=workers,
-        num_tokens=int(batch.qo_indptr[-1]),
+        num_tokens=num_tokens,
         num_ragged_rows=batch.num_ragged_rows,
     )

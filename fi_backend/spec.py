@@ -31,6 +31,9 @@ class Geometry:
     rope: bool
 
 
+_geometries: dict[Geometry, Geometry] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """One attention layer. Hashable, so that layers which agree share kernels and plans.
@@ -92,7 +95,8 @@ class AttentionSpec:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(
+        """What plans depend on. Equal geometries are one object, so that they compare fast."""
+        geometry = Geometry(
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim_qk=self.head_dim_qk,
@@ -104,6 +108,7 @@ class AttentionSpec:
             window_left=self.window_left,
             rope=self.rope_theta > 0,
         )
+        return _geometries.setdefault(geometry, geometry)
 
 
 def _head_dim_reason(name: str, value: int) -> str | None:

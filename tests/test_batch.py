@@ -7,28 +7,43 @@ from typing import Any
 import pytest
 import torch
 
-from fi_backend import PagedBatch
+from fi_backend import AttentionSpec, PagedBatch, Workspace, plan
 
 
 def i32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def make_plan(batch: PagedBatch, page_size: int) -> None:
+    plan(
+        AttentionSpec(
+            num_qo_heads=2,
+            num_kv_heads=1,
+            head_dim_qk=64,
+            q_dtype=torch.float32,
+            page_size=page_size,
+        ),
+        batch,
+        Workspace(),
+    )
+
+
 def test_lengths_follow_from_flashinfers_table() -> None:
     batch = PagedBatch.from_csr(i32(0, 1, 2, 3), i32(0, 2, 2, 3), i32(7, 3, 5), i32(3, 0, 4), 4)
     assert batch.kv_lens.tolist() == [7, 0, 4]
-    batch.validate(page_size=4)
+    make_plan(batch, page_size=4)
 
 
 def test_lengths_follow_from_ragged_offsets() -> None:
     batch = PagedBatch.ragged(i32(0, 2, 2), i32(0, 5, 9))
     assert batch.kv_lens.tolist() == [5, 4]
     assert batch.page_indices is None
-    batch.validate(page_size=1)
+    make_plan(batch, page_size=1)
 
 
 def test_an_empty_batch_is_legal() -> None:
-    PagedBatch(i32(0), i32(), block_table=torch.zeros((0, 4), dtype=torch.int32)).validate(16)
+    batch = PagedBatch(i32(0), i32(), block_table=torch.zeros((0, 4), dtype=torch.int32))
+    make_plan(batch, page_size=16)
 
 
 GOOD: dict[str, Any] = {
@@ -73,7 +88,7 @@ CSR: dict[str, Any] = {
 def test_bad_metadata_is_refused(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    PagedBatch(**GOOD).validate(page_size=4)
-    PagedBatch(**CSR).validate(page_size=4)
+    make_plan(PagedBatch(**GOOD), page_size=4)
+    make_plan(PagedBatch(**CSR), page_size=4)
     with pytest.raises(error, match=message):
-        PagedBatch(**arguments).validate(page_size=4)
+        make_plan(PagedBatch(**arguments), page_size=4)

@@ -56,7 +56,7 @@ class Attend {
     std::fill_n(is_empty_, Shape::kNumBlocks, true);
     for (int32_t key = tokens.begin; key < tokens.end;) {
       const KeyRange keys = tile_of(piece_, {key, tokens.end});
-      keys_.load(keys, queries_.block(0).keys_per_vector(), angles_);
+      keys_.load(keys, angles_);
       key += keys.count;
       if constexpr (Shape::kLine == kFewRows) {
         keys_.look_ahead(key < tokens.end ? tile_of(piece_, {key, tokens.end}) : next);
@@ -167,11 +167,10 @@ class Attend {
       const int seen = std::min(end_key, block.some_end) - keys.first;
       if (seen <= 0 || block.some_begin >= end_key) continue;
       score(block, queries_.block_q(b), seen);
-      const int num_steps = softmax_tile<C>(block, logits_, scores_, seen, keys.first);
-      const Weights weights = {scores_, block.width, block.keys_per_vector()};
-      value_tile<C, Shape::kColumns>(weights, keys_.values(), num_steps,
-                                     is_empty_[b] ? nullptr : block.alpha, block.num_rows,
-                                     o_row(b * kBlockRows));
+      const int num_keys = softmax_tile(block, logits_, scores_, seen, keys.first);
+      value_tile<Shape::kColumns>({scores_, block.width}, keys_.values(), num_keys,
+                                  is_empty_[b] ? nullptr : block.alpha, block.num_rows,
+                                  o_row(b * kBlockRows));
       is_empty_[b] = false;
     }
   }

@@ -61,31 +61,19 @@ inline void convert_to_bf16(const Kv* row, int head_dim, bf16* out) {
   }
 }
 
-// Interleave two rows of 32 values: words of columns 0 to 15, and of columns 16 to 31.
-struct Bf16Pairs {
-  __m512i low;
-  __m512i high;
-
-  Bf16Pairs(__m512i first, __m512i second) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    alignas(64) static constexpr uint16_t kHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
-                                                       53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
-                                                       27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    low = _mm512_permutex2var_epi16(first, _mm512_load_si512(kLow), second);
-    high = _mm512_permutex2var_epi16(first, _mm512_load_si512(kHigh), second);
-  }
-};
-
-// One word per column from the rows of two keys. out is written up to the next multiple of 16.
+// As convert_to_bf16, to float; out is written up to the next multiple of 16.
 template <class Kv>
-inline void pair_rows(const Kv* first, const Kv* second, int head_dim, float* out) {
+inline void widen_through_bf16(const Kv* row, int head_dim, float* out) {
   for (int d = 0; d < head_dim; d += kBf16Lanes) {
     const int n = head_dim - d < kBf16Lanes ? head_dim - d : kBf16Lanes;
-    const Bf16Pairs pairs(load_bf16(first + d, n), load_bf16(second + d, n));
-    _mm512_storeu_si512(out + d, pairs.low);
-    if (n > kBf16Lanes / 2) _mm512_storeu_si512(out + d + kBf16Lanes / 2, pairs.high);
+    const __m512i values = load_bf16(row + d, n);
+    const auto widen = [](__m256i half) {
+      return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    };
+    _mm512_storeu_si512(out + d, widen(_mm512_castsi512_si256(values)));
+    if (n > kBf16Lanes / 2) {
+      _mm512_storeu_si512(out + d + kBf16Lanes / 2, widen(_mm512_extracti64x4_epi64(values, 1)));
+    }
   }
 }
 

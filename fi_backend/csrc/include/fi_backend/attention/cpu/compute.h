@@ -1,5 +1,5 @@
-// The arithmetic of both matrix products, in 32-bit words: a word is one float, or a pair of bf16
-// where the machine multiplies such pairs. Everything above this file is the same for both.
+// The arithmetic of Q K^T, in 32-bit words: a word is one float, or a pair of bf16 where the
+// machine multiplies such pairs. Everything above this file is the same for both.
 #pragma once
 
 #include <fi_backend/cpu/simd.h>
@@ -19,7 +19,7 @@ template <class T>
 constexpr bool kIsExactInBf16 =
     std::is_same_v<T, bf16> || std::is_same_v<T, e4m3> || std::is_same_v<T, e5m2>;
 
-// What q, K, P and V are multiplied as; sums are always float.
+// What q and K are multiplied as; sums are always float.
 template <class Q, class Kv>
 using ComputeType =
     std::conditional_t<kHasBf16Dot && std::is_same_v<Q, bf16> && kIsExactInBf16<Kv>, bf16, float>;
@@ -85,39 +85,6 @@ inline V dot(V acc, V a, V b) {
     }
 #endif
   }
-}
-
-// Weights of two vectors of keys as words of bf16 pairs. One bf16 holds 8 bits of a weight, which
-// shows in the last bit of a bf16 output, so a weight is the sum of two: what its leading bits say,
-// and the rest.
-struct WeightWords {
-  VecF leading;
-  VecF rest;
-};
-
-inline WeightWords weight_words(VecF a, VecF b) {
-#if defined(__AVX512BF16__)
-  constexpr uint32_t kLeading = 0xffff0000u;
-  const VecU a_bits = as_bits(a) & kLeading;
-  const VecU b_bits = as_bits(b) & kLeading;
-  const VecF a_rest = a - as_float(a_bits);  // exact
-  const VecF b_rest = b - as_float(b_bits);
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b_rest, (__m512)a_rest);
-  alignas(64) static constexpr uint16_t kInterleave[32] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return {as_float(a_bits >> 16 | b_bits),
-          (VecF)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both)};
-#else
-  return {a, b};
-#endif
-}
-
-// The row of the first key of a word of weights. A word of bf16 pairs keys that are `distance` rows
-// apart, a power of two; its rest lies in the row of the second key.
-template <class C>
-inline int first_key_row(int step, int distance) {
-  return std::is_same_v<C, float> ? step : 2 * step - (step & (distance - 1));
 }
 
 }  // namespace fi::cpu

@@ -24,13 +24,13 @@ class KvTile {
   KvTile(const AttentionParams& params, Scratch& scratch) : params_(params) {
     constexpr int kWidest = std::max(Shape::kQkPaddedWords * kPerWord<C>, Shape::kColumns);
     k_tile_ = scratch.take<C>(int64_t{Shape::kKeys} * kKeyStride);
-    v_tile_ = scratch.take<float>(int64_t{kMaxRows} * Shape::kColumns);
+    v_tile_ = scratch.take<float>(int64_t{Shape::kKeys} * Shape::kColumns);
     k_rows_ = scratch.take<const Kv*>(kMaxRows);
     v_rows_ = scratch.take<const Kv*>(kMaxRows);
     next_k_rows_ = scratch.take<const Kv*>(kMaxRows);
     next_v_rows_ = scratch.take<const Kv*>(kMaxRows);
     k_words_ = scratch.take<const float*>(kMaxRows);
-    v_words_ = scratch.take<const float*>(kMaxRows);
+    wide_v_rows_ = scratch.take<const float*>(kMaxRows);
     zeros_ = scratch.take<float>(kWidest);
     row_ = scratch.take<float>(kWidest);
     std::fill_n(zeros_, kWidest, 0.0f);
@@ -41,9 +41,8 @@ class KvTile {
     }
   }
 
-  // Load a tile. angles: nullptr, or the rotary embedding of K. pair_distance: keys between the two
-  // whose values share a word.
-  void load(const KeyRange& keys, int pair_distance, RotaryAngles<Shape::kQk>* angles) {
+  // Load a tile. angles: nullptr, or the rotary embedding of K.
+  void load(const KeyRange& keys, RotaryAngles<Shape::kQk>* angles) {
     if (keys == next_) {
       std::swap(k_rows_, next_k_rows_);
       std::swap(v_rows_, next_v_rows_);
@@ -51,7 +50,7 @@ class KvTile {
       find_rows(params_, keys, k_rows_, v_rows_);
     }
     load_keys(keys, angles);
-    load_values(keys.count, pair_distance);
+    load_values(keys.count);
   }
 
   // Find the tile that load() will ask for next, so that it is prefetched meanwhile. An empty range
@@ -67,19 +66,16 @@ class KvTile {
   const float* const* k_words() const { return k_words_; }
   KeyRows key_rows() const {
     return {k_words_, reinterpret_cast<const void* const*>(next_k_rows_),
-            kPairsInRegisters || kReadsVInPlace
-                ? nullptr
-                : reinterpret_cast<const void* const*>(next_v_rows_),
+            kReadsVInPlace ? nullptr : reinterpret_cast<const void* const*>(next_v_rows_),
             static_cast<int>(Shape::kQk * sizeof(Kv)), static_cast<int>(Shape::kVo * sizeof(Kv))};
   }
 
   // Source of V for value_tile().
   auto values() const {
-    const auto* next = reinterpret_cast<const void* const*>(next_v_rows_);
-    if constexpr (kPairsInRegisters) {
-      return RowPairs{v_rows_, next, pair_distance_};
+    if constexpr (kReadsVInPlace) {
+      return ValueRows<Kv>{v_rows_, Shape::kLine == kFewRows ? next_v_rows_ : nullptr};
     } else {
-      return WordRows{v_words_, Shape::kLine == kFewRows && kReadsVInPlace ? next : nullptr};
+      return ValueRows<float>{wide_v_rows_, nullptr};
     }
   }
 
@@ -89,10 +85,10 @@ class KvTile {
   // Few-row scores read K in whole vectors; many-row scores one word at a time.
   static constexpr bool kReadsKInPlace =
       std::is_same_v<Kv, C> && (Shape::kLine == kManyRows || kKeyStride == Shape::kQk);
-  static constexpr bool kReadsVInPlace = std::is_same_v<Kv, float> && Shape::kVo % kLanes == 0;
-  static constexpr bool kPairsInRegisters = Shape::kLine == kFewRows && std::is_same_v<Kv, bf16> &&
-                                            std::is_same_v<C, bf16> &&
-                                            Shape::kVo % (2 * kLanes) == 0;
+  // A few query rows use a value once: it is widened where it is used. Many rows share the work.
+  static constexpr bool kReadsVInPlace =
+      Shape::kVo % kLanes == 0 &&
+      (std::is_same_v<Kv, float> || (Shape::kLine == kFewRows && sizeof(Kv) == 2));
 
   const Kv* no_row() const { return reinterpret_cast<const Kv*>(zeros_); }
 
@@ -118,28 +114,16 @@ class KvTile {
     std::fill_n(k_words_ + num_keys, kKeyPadding, zeros_);
   }
 
-  void load_values(int num_keys, int pair_distance) {
-    std::fill_n(v_rows_ + num_keys, kKeyPadding, no_row());
-    pair_distance_ = pair_distance;
-    if constexpr (kPairsInRegisters) {
-      return;
-    } else if constexpr (kReadsVInPlace) {
-      std::copy_n(v_rows_, num_keys + kKeyPadding, v_words_);
-    } else if constexpr (std::is_same_v<C, float>) {
+  void load_values(int num_keys) {
+    if constexpr (kReadsVInPlace) {
+      std::fill_n(v_rows_ + num_keys, kKeyPadding, no_row());
+    } else {
       for (int i = 0; i < num_keys; ++i) {
         float* row = v_tile_ + int64_t{i} * Shape::kColumns;
         widen_row(v_rows_[i], Shape::kVo, row);
-        v_words_[i] = row;
+        wide_v_rows_[i] = row;
       }
-      std::fill_n(v_words_ + num_keys, kKeyPadding, zeros_);
-    } else {
-      for (int first = 0, step = 0; first < num_keys; first += 2 * pair_distance) {
-        for (int i = first; i < first + pair_distance; ++i, ++step) {
-          float* row = v_tile_ + int64_t{step} * Shape::kColumns;
-          pair_rows(v_rows_[i], v_rows_[i + pair_distance], Shape::kVo, row);
-          v_words_[step] = row;
-        }
-      }
+      std::fill_n(wide_v_rows_ + num_keys, kKeyPadding, zeros_);
     }
   }
 
@@ -152,10 +136,9 @@ class KvTile {
   const Kv** next_v_rows_;
   KeyRange next_ = {};
   const float** k_words_;
-  const float** v_words_;
+  const float** wide_v_rows_;
   float* zeros_;
   float* row_;
-  int pair_distance_ = 1;
 };
 
 }  // namespace fi::cpu

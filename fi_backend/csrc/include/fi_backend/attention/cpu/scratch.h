@@ -29,7 +29,7 @@ constexpr int64_t scratch_floats(int head_dim_qk, int head_dim_vo) {
   const int64_t qk = (head_dim_qk + 31) / 32 * 32;
   const int64_t vo = (head_dim_vo + 31) / 32 * 32;
   const int64_t wide = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
-  const int64_t keys = (wide <= 128 ? 256 : wide <= 256 ? 128 : 64) + 32;
+  const int64_t keys = (wide <= 128 ? 192 : wide <= 256 ? 128 : 64) + 32;
   const int64_t state = 8 * rows;
   const int64_t scores = keys * 64;
   const int64_t addresses = 8 * keys;

@@ -107,50 +107,28 @@ inline VecF column_max(const float* column, int stride, int num_vectors) {
   return max(even, odd);
 }
 
-// Replace the logits of keys u and u + 1 by their weights.
-template <class C>
-inline void store_weights(float* column, int stride, int u, VecF even, VecF odd) {
-  if constexpr (std::is_same_v<C, float>) {
-    store(column + u * stride, even);
-    store(column + (u + 1) * stride, odd);
-  } else {
-    const WeightWords words = weight_words(even, odd);
-    store(column + u * stride, words.leading);
-    store(column + (u + 1) * stride, words.rest);
-  }
-}
-
-// Turn a column of logits into weights, in place, and return their sum. An odd last key gets a
-// neighbour of weight 0, for which the column has room.
-template <class C>
+// Turn a column of logits into weights, in place, and return their sum.
 inline VecF column_weights(float* column, int stride, int num_vectors, float scale, VecF base) {
-  const auto weight = [&](int u) {
-    return weight_exp2<C>(load(column + u * stride) * scale - base);
+  const auto weigh = [&](int u) {
+    const VecF weight = weight_exp2(load(column + u * stride) * scale - base);
+    store(column + u * stride, weight);
+    return weight;
   };
   VecF sum_even{};
   VecF sum_odd{};
   int u = 0;
   for (; u + 1 < num_vectors; u += 2) {
-    const VecF even = weight(u);
-    const VecF odd = weight(u + 1);
-    sum_even += even;
-    sum_odd += odd;
-    store_weights<C>(column, stride, u, even, odd);
+    sum_even += weigh(u);
+    sum_odd += weigh(u + 1);
   }
-  if (u < num_vectors) {
-    const VecF last = weight(u);
-    sum_even += last;
-    store_weights<C>(column, stride, u, last, VecF{});
-  }
+  if (u < num_vectors) sum_even += weigh(u);
   return sum_even + sum_odd;
 }
 
-// Turn the products of one tile of keys into weights, in place, and update the rows' state.
-// Weights come out as words of C in the rows [keys, width]: for float, step i is key i; a word of
-// bf16 has two keys and two rows, see first_key_row(). Returns the number of steps.
-template <class C>
-int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int num_keys,
-                 int32_t first_key) {
+// Turn the products of one tile of keys into weights [keys, width], in place, and update the rows'
+// state. Returns the number of keys that have weights: num_keys up to a whole vector.
+inline int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int num_keys,
+                        int32_t first_key) {
   const int lanes = block.num_lanes();
   const int step = block.keys_per_vector();
   const int num_vectors = (num_keys + step - 1) / step;
@@ -181,10 +159,10 @@ int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int n
     store(block.sum + c, load(block.sum + c) * alpha);
   }
   for (int c = 0; c < lanes; c += kLanes) {
-    const VecF sum = column_weights<C>(s + c, lanes, num_vectors, scale, base[c / kLanes]);
+    const VecF sum = column_weights(s + c, lanes, num_vectors, scale, base[c / kLanes]);
     store(block.sum + c, load(block.sum + c) + sum);
   }
-  return std::is_same_v<C, float> ? num_vectors * step : (num_vectors + 1) / 2 * step;
+  return num_vectors * step;
 }
 
 }  // namespace fi::cpu

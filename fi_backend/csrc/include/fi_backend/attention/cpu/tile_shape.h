@@ -11,12 +11,12 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 constexpr int kBlockRows = 64;   // query rows whose scores are computed, weighed and used at a time
 constexpr int kKeyPadding = 32;  // addresses and score rows past a tile's end, for whole vectors
 
-// Keys per tile: many enough that work per tile does not count, few enough that a tile of scores,
-// or of converted keys and values, stays in cache.
+// Keys per tile: many enough that work per tile does not count, few enough that what a tile needs
+// stays in cache: scores and converted keys and values, and for few rows the next tile as well.
 constexpr int tile_keys(int line, int head_dim_qk, int head_dim_vo) {
   const int head_dim = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
-  const int keys = line == kFewRows ? 256 : 192;
-  return head_dim <= 128 ? keys : head_dim <= 256 ? 128 : 64;
+  if (line == kFewRows) return head_dim <= 128 ? 128 : head_dim <= 256 ? 64 : 32;
+  return head_dim <= 128 ? 192 : head_dim <= 256 ? 128 : 64;
 }
 
 // Up to this many rows, scores are summed across lanes (score_few); from there on rows are lanes.
