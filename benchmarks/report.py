@@ -58,15 +58,18 @@ def print_row(row: Row, baseline_us: float) -> None:
     )
 
 
+def results_path(routine: str) -> Path:
+    """Return where this machine's recorded run of a routine lies."""
+    folder = "-".join(machine_name().lower().replace(",", "").split())
+    return REPOSITORY / "benchmarks" / "results" / folder / f"{routine}.json"
+
+
 def write(routine: str, rows: list[Row], path: Path | None = None) -> Path:
     """Write rows to benchmarks/results/<machine>/<routine>.json, or to `path`."""
-    machine = machine_name()
-    if path is None:
-        folder = "-".join(machine.lower().replace(",", "").split())
-        path = REPOSITORY / "benchmarks" / "results" / folder / f"{routine}.json"
+    path = path or results_path(routine)
     path.parent.mkdir(parents=True, exist_ok=True)
     conditions = {
-        "gpu": machine,
+        "gpu": machine_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit(),
