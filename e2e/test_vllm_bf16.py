@@ -75,8 +75,8 @@ def test_divergences_from_stock_are_ties(scores: dict[str, Scores]) -> None:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="over all 32 texts ours has 9 of 9749, all within 2 ulp, and stock 1: its kernels add in "
-    "one order at every batch size. Another order of the same fp32 additions rounds 0.02 % of the "
+    reason="over all 32 texts ours has 9 of 9749, all within 2 ulp, and stock 1: its kernels add "
+    "in one order at every batch size. Another order of the same fp32 additions rounds 0.02 % of "
     "outputs to another bf16 number, as many as stock's own decode and prefill kernels differ in",
 )
 def test_no_more_often_than_stock_from_itself(scores: dict[str, Scores]) -> None:

@@ -3,7 +3,8 @@
     python -m e2e.throughput --engine vllm
 
 Both engines run all the time and take the same batches in turn, so that they see the same machine.
-A row is the median of the rounds; JSON goes to benchmarks/results/<machine>/e2e_vllm.json.
+A row is the median of the rounds, the ratio the median of each round's. JSON goes to
+benchmarks/results/<machine>/e2e_vllm.json.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def measure(workload: Workload, rounds: int, directory: Path) -> list[dict[str, 
             }
         )
     same = results["fi_backend"][-1]["tokens"] == results["stock"][-1]["tokens"]
-    ratio = rows[0]["out_tps"] / rows[1]["out_tps"]
+    ours, stock = ([answer["seconds"] for answer in results[name][1:]] for name in BACKENDS)
+    ratio = statistics.median(b / a for a, b in zip(ours, stock, strict=True))
     print(
         f"{workload.name:40} {rows[0]['out_tps']:8.0f} {rows[1]['out_tps']:8.0f} tok/s  "
         f"{ratio:5.3f}x  {'same tokens' if same else 'other tokens'}",
