@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +60,7 @@ def host_plan(
     num_workers: int,
     split: int,
     many_rows_only: bool,
+    target: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
     """Write the plan of a step into `plan_buffer`.
 
@@ -71,19 +72,24 @@ def host_plan(
         num_kv_heads: heads of the cache.
         head_dim_qk: size of a query or key row.
         head_dim_vo: size of a value or output row.
-        q_dtype: type of q. The CPU's tiles do not depend on it.
-        kv_dtype: type of the cache. The CPU's tiles do not depend on it.
+        q_dtype: type of q. Tiles do not depend on it.
+        kv_dtype: type of the cache. Tiles do not depend on it.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
-        num_workers: threads that will run the plan.
+        num_workers: threads, or thread blocks, that will run the plan.
         split: 0 cuts work anywhere; -1 never cuts a request's keys; n > 0 cuts them at multiples
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.
         many_rows_only: give every request to the many-row kernel.
+        target: whose kernels will run the plan. For "cuda" it is, bit for bit, what
+            :func:`fi_backend.kernels.device_plan.device_plan` writes: a length that is negative or
+            decreases `qo_indptr` is empty, while for "cpu" it is an error.
 
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape, device or value.
     """
+    if target not in ("cpu", "cuda"):
+        raise ValueError(f'target must be "cpu" or "cuda"; got {target!r}')
     _function("host_plan")(
         plan_buffer,
         qo_indptr,
@@ -97,4 +103,5 @@ def host_plan(
         num_workers,
         split,
         many_rows_only,
+        target == "cuda",
     )

@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_floats
+from tests.kernels.plan_step import Step, steps
 
-FEW_ROWS_LIMIT, TILE_ROWS = 16, 256  # attention/workspace.h, head_dim up to 128
-HEADER, GEOMETRY_INTS = 16, 9
+# Of kernels for heads up to 128 wide: attention/workspace.h and attention/few_rows_shape.h.
+FEW_ROWS_LIMIT, TILE_ROWS = {"cpu": 16, "cuda": 32}, 256
+HEADER = 16
 MAX_CHUNKS = 16
-
-
-@dataclass(frozen=True)
-class Step:
-    """Inputs of a plan."""
-
-    qo_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    group_size: int
-    num_kv_heads: int
-    causal: bool
-    window_left: int
-    num_workers: int
-    split: int
-    many_rows_only: bool
-
-    def plan(self) -> torch.Tensor:
-        size = plan_buffer_ints(max_reqs=len(self.qo_lens), num_workers=self.num_workers)
-        buffer = torch.full((size,), -7, dtype=torch.int32)
-        host_plan(
-            plan_buffer=buffer,
-            qo_indptr=torch.tensor([0, *self.qo_lens]).cumsum(0).to(torch.int32),
-            kv_lens=torch.tensor(self.kv_lens, dtype=torch.int32),
-            num_qo_heads=self.group_size * self.num_kv_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim_qk=64,
-            head_dim_vo=128,
-            q_dtype=torch.float32,
-            kv_dtype=torch.float32,
-            causal=self.causal,
-            window_left=self.window_left,
-            num_workers=self.num_workers,
-            split=self.split,
-            many_rows_only=self.many_rows_only,
-        )
-        return buffer
 
 
 def visible(step: Step, qo_len: int, kv_len: int, row: int) -> tuple[int, int]:
@@ -66,7 +30,7 @@ def items(step: Step, line: int) -> list[tuple[tuple[int, int, int], int]]:
     listed = []
     for request, (qo_len, kv_len) in enumerate(zip(step.qo_lens, step.kv_lens, strict=True)):
         rows = qo_len * step.group_size
-        is_few = rows <= FEW_ROWS_LIMIT and not step.many_rows_only
+        is_few = rows <= FEW_ROWS_LIMIT[step.target] and not step.many_rows_only
         if qo_len == 0 or is_few != (line == 0):
             continue
         height = rows if is_few else TILE_ROWS
@@ -101,26 +65,6 @@ def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple
             if begin < end or holds_empty_item:
                 owned[w].append((item, begin, end))
     return owned
-
-
-@st.composite
-def steps(draw: st.DrawFn, max_len: int = 3000) -> Step:
-    count = draw(st.integers(0, 8))
-    kv_lens = draw(st.lists(st.integers(0, max_len), min_size=count, max_size=count))
-    qo_lens = draw(
-        st.lists(st.sampled_from([0, 1, 1, 2, 5, 17, 300, 1000]), min_size=count, max_size=count)
-    )
-    return Step(
-        tuple(qo_lens),
-        tuple(kv_lens),
-        group_size=draw(st.integers(1, 20)),
-        num_kv_heads=draw(st.integers(1, 4)),
-        causal=draw(st.booleans()),
-        window_left=draw(st.sampled_from([-1, 0, 5, 100, 5000])),
-        num_workers=draw(st.integers(1, 40)),
-        split=draw(st.sampled_from([0, 0, -1, 1, 64, 300])),
-        many_rows_only=draw(st.booleans()),
-    )
 
 
 @given(steps())
@@ -171,10 +115,16 @@ def test_splits_do_not_depend_on_batch_or_workers(step: Step) -> None:
 
 def cost(step: Step, line: int, item: tuple[int, int, int], begin: int, end: int) -> float:
     """Weigh a piece by its rows, as the kernels spend time."""
-    rows = step.qo_lens[item[0]] * step.group_size
+    qo_len, kv_len = step.qo_lens[item[0]], step.kv_lens[item[0]]
+    rows = qo_len * step.group_size
     if line == 1:
         rows = min(TILE_ROWS, rows - item[2] * TILE_ROWS)
-    return (end - begin) * (-(-rows // 16) + 1) / 16 + 4
+    if step.causal:  # early rows of a tile do not see its last keys: half a triangle is skipped
+        last_row = item[2] * TILE_ROWS + rows - 1
+        _, item_end = visible(step, qo_len, kv_len, last_row // step.group_size)
+        item_begin, _ = visible(step, qo_len, kv_len, item[2] * TILE_ROWS // step.group_size)
+        end = min(end, item_end - item_begin - rows // step.group_size // 2)
+    return max(0, end - begin) * (-(-rows // 16) + 1) / 16 + 4
 
 
 @given(steps(max_len=20000))
@@ -187,7 +137,7 @@ def test_work_is_balanced(step: Step) -> None:
         costs = [
             sum(cost(step, line, *piece) for piece in owned) for owned in pieces(step, buffer, line)
         ]
-        # A cut moves by at most kMinPieceTokens at either side, and a causal tile is estimated.
+        # A cut moves by at most min_piece_tokens at either side, and a causal tile is estimated.
         slack = 2 * (128 + TILE_ROWS) * (TILE_ROWS // 16 + 1) / 16
         assert max(costs) <= sum(costs) / step.num_workers + slack
 
@@ -198,6 +148,40 @@ def test_totals_beyond_int32() -> None:
     shares = [sum(end - begin for _, begin, end in owned) for owned in pieces(step, buffer, 0)]
     assert sum(shares) == 5 * 128 * (2**31 - 1)
     assert max(shares) - min(shares) < 10**4
+
+
+def test_a_long_request_is_planned_at_once() -> None:
+    """Costs of its 65536 tiles have a closed form; adding them up takes seconds a worker."""
+    step = Step((1 << 20, 1), (1 << 20, 5), 16, 2, True, 4095, 4, 0, False)
+    buffer = step.plan()
+    tokens = [sum(end - begin for _, begin, end in owned) for owned in pieces(step, buffer, 1)]
+    assert max(tokens) - min(tokens) < 0.01 * sum(tokens)
+    many = Step((1 << 27,), (1 << 27,), 64, 8, True, -1, 10_000, 0, True)
+    assert starts(many, many.plan(), 1) == sorted(set(starts(many, many.plan(), 1)))
+
+
+def test_small_requests_keep_many_thread_blocks_busy() -> None:
+    step = Step((1,), (1024,), 4, 8, True, -1, 132, 0, False, "cuda")
+    assert sum(map(bool, pieces(step, step.plan(), 0))) == 128
+
+
+def test_lengths_that_no_engine_means_are_empty() -> None:
+    """On a device nobody can refuse them."""
+    step = Step((0, 5, 0, 300, 1), (40, 0, 9, 400, 30), 4, 2, True, -1, 7, 0, False, "cuda")
+    buffer = step.buffer()
+    host_plan(
+        plan_buffer=buffer,
+        qo_indptr=torch.tensor([-4, 2, 7, 3, 303, 304], dtype=torch.int32),
+        kv_lens=torch.tensor([40, -1, 9, 400, 30], dtype=torch.int32),
+        **step.geometry(),
+        target=step.target,
+    )
+    assert torch.equal(buffer, step.plan())
+
+
+def test_counters_start_at_zero() -> None:
+    step = Step((1, 300, 2), (5000, 300, 7), 4, 2, True, -1, 6, 0, False)
+    assert (step.plan()[-2 * (step.num_workers + 1) :] == 0).all()
 
 
 def test_same_lengths_give_the_same_plan() -> None:
@@ -229,6 +213,8 @@ def test_sizes_follow_from_capacities() -> None:
         ({"num_qo_heads": 7}, "multiple of num_kv_heads, got 7 and 2"),
         ({"window_left": -2}, "window_left and split must be"),
         ({"plan_buffer": torch.zeros(8, dtype=torch.int32)}, "size it with plan_buffer_ints"),
+        ({"plan_buffer": torch.zeros(201, dtype=torch.int32)[1:]}, "aligned to 8 bytes"),
+        ({"target": "rocm"}, 'target must be "cpu" or "cuda"; got \'rocm\''),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], message: str) -> None:

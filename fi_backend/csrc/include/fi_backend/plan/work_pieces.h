@@ -35,14 +35,13 @@ FI_HOST_DEVICE bool next_piece(const WorkGeometry& g, int line, const int32_t* q
                                const int32_t* kv_lens, const LinePosition& end, LinePosition& at,
                                WorkPiece& piece) {
   while (at.request < g.num_reqs && comes_before(at, end)) {
-    const int32_t qo_len = qo_indptr[at.request + 1] - qo_indptr[at.request];
+    const auto [qo_len, kv_len] = request_lens(qo_indptr, kv_lens, at.request);
     const int32_t num_tiles = num_q_tiles(g, line, qo_len);
     if (at.q_tile >= num_tiles) {
       const bool next_request = num_tiles == 0 || at.kv_head + 1 >= g.num_kv_heads;
       at = {at.request + (next_request ? 1 : 0), next_request ? 0 : at.kv_head + 1, 0, 0};
       continue;
     }
-    const int32_t kv_len = kv_lens[at.request];
     const KvRange item = item_tokens(g, line, qo_len, kv_len, at.q_tile);
     const bool cut = same_item(at, end);
     piece.request = at.request;

@@ -1,0 +1,37 @@
+// Binding of the device planner: validate, device and stream, params, launch.
+#pragma once
+
+#include <bindings/cuda/launch.h>
+#include <bindings/plan_geometry.h>
+#include <fi_backend/plan/device_plan_launch.h>
+
+namespace fi::bindings {
+
+// qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. Lengths are not
+// looked at here: bad ones are empty requests (request_lens).
+inline void device_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
+                        int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim_qk,
+                        int64_t head_dim_vo, bool causal, int64_t window_left, int64_t num_workers,
+                        int64_t split, bool many_rows_only, bool enable_pdl) {
+  check_cuda("plan_buffer", plan_buffer);
+  const DLDevice device = plan_buffer.device();
+  const TileLimits limits =
+      cuda_limits(static_cast<int>(head_dim_qk), static_cast<int>(head_dim_vo));
+  const WorkGeometry geometry =
+      make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
+                    window_left, num_workers, split, many_rows_only, device);
+
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  const cudaStream_t stream = current_stream(device);
+
+  DevicePlanParams params = {};
+  params.geometry = geometry;
+  params.qo_indptr = static_cast<const int32_t*>(qo_indptr.data_ptr());
+  params.kv_lens = static_cast<const int32_t*>(kv_lens.data_ptr());
+  params.plan = static_cast<int32_t*>(plan_buffer.data_ptr());
+  params.enable_pdl = enable_pdl;
+
+  check_launch("device_plan", launch_device_plan(params, stream));
+}
+
+}  // namespace fi::bindings

@@ -1,0 +1,82 @@
+// What the planners of all targets share: checks of their arguments, and the geometry they plan.
+#pragma once
+
+#include <bindings/checks.h>
+#include <fi_backend/attention/few_rows_shape.h>
+#include <fi_backend/attention/workspace.h>
+#include <fi_backend/plan/work_line.h>
+
+namespace fi::bindings {
+
+// What a target's kernels want of a plan.
+struct TileLimits {
+  int32_t few_rows;
+  int32_t tile_rows;
+  int32_t cut_tokens;
+  int32_t min_piece_tokens;
+};
+
+// Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
+inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
+  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128};
+}
+
+// Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy.
+inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo) {
+  return {cuda_few_rows_limit(int(head_dim_qk), int(head_dim_vo)),
+          many_row_tile(int(head_dim_qk), int(head_dim_vo)), 64, 64};
+}
+
+inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
+  if (max_reqs < 0 || num_workers < 1) {
+    TVM_FFI_THROW(ValueError) << "max_reqs must be at least 0 and num_workers at least 1, got "
+                              << max_reqs << " and " << num_workers;
+  }
+  return plan_ints(max_reqs, num_workers);
+}
+
+// Check everything but the lengths, which may live on a device.
+inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorView& qo_indptr,
+                                  const TensorView& kv_lens, int64_t num_qo_heads,
+                                  int64_t num_kv_heads, const TileLimits& limits, bool causal,
+                                  int64_t window_left, int64_t num_workers, int64_t split,
+                                  bool many_rows_only, DLDevice device) {
+  check_tensor("kv_lens", kv_lens, kDtypeOf<int32_t>, {kAnySize}, device);
+  const int64_t num_reqs = kv_lens.size(0);
+  check_tensor("qo_indptr", qo_indptr, kDtypeOf<int32_t>, {num_reqs + 1}, device);
+  check_tensor("plan_buffer", plan_buffer, kDtypeOf<int32_t>, {kAnySize}, device);
+  if (num_kv_heads < 1 || num_qo_heads < 1 || num_qo_heads % num_kv_heads != 0) {
+    TVM_FFI_THROW(ValueError) << "num_qo_heads must be a positive multiple of num_kv_heads, got "
+                              << num_qo_heads << " and " << num_kv_heads;
+  }
+  if (window_left < -1 || window_left > INT32_MAX || split < -1 || split > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "window_left and split must be -1 or an int32 of at least 0, got "
+                              << window_left << " and " << split;
+  }
+  const int64_t needed = plan_buffer_ints(num_reqs, num_workers);
+  if (plan_buffer.size(0) < needed) {
+    TVM_FFI_THROW(ValueError) << "plan_buffer must have at least " << needed << " elements for "
+                              << num_reqs << " requests and " << num_workers << " workers, got "
+                              << plan_buffer.size(0) << "; size it with plan_buffer_ints()";
+  }
+  if (reinterpret_cast<uintptr_t>(plan_buffer.data_ptr()) % alignof(int64_t) != 0) {
+    TVM_FFI_THROW(ValueError) << "plan_buffer: must be aligned to 8 bytes; take it from the start "
+                              << "of an allocation";
+  }
+
+  WorkGeometry geometry = {};
+  geometry.num_reqs = static_cast<int32_t>(num_reqs);
+  geometry.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  geometry.group_size = static_cast<int32_t>(num_qo_heads / num_kv_heads);
+  geometry.few_rows_limit = many_rows_only ? 0 : limits.few_rows;
+  geometry.tile_rows = limits.tile_rows;
+  geometry.causal = causal;
+  geometry.window_left = static_cast<int32_t>(window_left);
+  geometry.split = static_cast<int32_t>(split);
+  geometry.num_workers = static_cast<int32_t>(num_workers);
+  geometry.cut_tokens = limits.cut_tokens;
+  geometry.min_piece_tokens = limits.min_piece_tokens;
+  return geometry;
+}
+
+}  // namespace fi::bindings

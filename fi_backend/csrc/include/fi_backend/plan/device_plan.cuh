@@ -1,0 +1,123 @@
+// The planner on the device: writes the bytes that plan_work() of host_plan.h writes.
+//
+// The launch depends on capacities alone and the lengths are read on the device, so that a captured
+// plan can be replayed with other lengths. One block plans one line: a prefix sum over the costs of
+// its requests, then each thread finds where workers begin.
+#pragma once
+
+#include <fi_backend/plan/device_plan_params.h>
+
+#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/grid_dependency.cuh>
+
+namespace fi {
+
+inline constexpr int kPlanMaxThreads = 512;
+
+struct PlanMemory {
+  int64_t warp_cost[kWarpSize];  // cost of the requests of each warp
+  // prefix_cost of every sample_stride-th request: most of a search stays in shared memory.
+  static constexpr int kMaxSamples = 1024;
+  int64_t samples[kMaxSamples + 1];
+};
+
+__device__ __forceinline__ int64_t sum_over_warp(int64_t x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, offset);
+  }
+  return x;
+}
+
+// The sum of x over this lane and those before it.
+__device__ __forceinline__ int64_t scan_over_warp(int64_t x, int lane) {
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int64_t before = __shfl_up_sync(kFullWarp, x, offset);
+    if (lane >= offset) x += before;
+  }
+  return x;
+}
+
+template <int kLine>
+__device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory& memory) {
+  const WorkGeometry& g = p.geometry;
+  const PlanView plan = view_plan(p.plan, g.num_reqs, g.num_workers);
+  int64_t* prefix = plan.prefix_cost[kLine];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize;
+
+  // Scan the costs of each warp's requests, a whole number of rounds of 32 neighbours. The lengths
+  // of a round are loaded while the round before is computed.
+  const int32_t num_rounds = (g.num_reqs + blockDim.x - 1) / blockDim.x;
+  const int32_t begin = min(warp * num_rounds * kWarpSize, g.num_reqs);
+  const int32_t end = min(begin + num_rounds * kWarpSize, g.num_reqs);
+  const auto load_lens = [&](int32_t r) {
+    return r < end ? request_lens(p.qo_indptr, p.kv_lens, r) : RequestLens{0, 0};
+  };
+  int64_t through = 0;  // cost of the warp's requests up to this lane's
+  int64_t of_warp = 0;
+  RequestLens lens = load_lens(begin + lane);
+  for (int32_t first = begin; first < end; first += kWarpSize) {
+    const RequestLens upcoming = load_lens(first + kWarpSize + lane);
+    through = of_warp + scan_over_warp(request_cost(g, kLine, lens), lane);
+    of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
+    // The last round's stay in registers.
+    if (first + kWarpSize < end) prefix[first + lane + 1] = through;
+    lens = upcoming;
+  }
+  if (lane == 0) memory.warp_cost[warp] = of_warp;
+  __syncthreads();
+  const int64_t of_lane = lane < num_warps ? memory.warp_cost[lane] : 0;
+  const int64_t total = sum_over_warp(of_lane);
+  const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
+
+  // Add what other warps have before.
+  const int32_t sample_stride = g.num_reqs / PlanMemory::kMaxSamples + 1;
+  for (int32_t first = begin; first < end; first += kWarpSize) {
+    const int32_t next = first + lane + 1;
+    if (next > end) break;
+    const int64_t cost = before + (first + kWarpSize < end ? prefix[next] : through);
+    prefix[next] = cost;
+    if (next % sample_stride == 0) memory.samples[next / sample_stride] = cost;
+  }
+  if (threadIdx.x == 0) {
+    prefix[0] = 0;
+    memory.samples[0] = 0;
+    plan.has_work[kLine] = total > 0;
+    if (kLine == kFewRows) *plan.geometry = g;
+  }
+  __syncthreads();
+
+  // Find where workers begin.
+  const int32_t num_samples = (g.num_reqs + sample_stride - 1) / sample_stride;
+  for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
+    plan.finished[kLine][w] = 0;
+    const int64_t at = worker_cost(total, g.num_workers, w);
+    if (at >= total) {
+      plan.starts[kLine][w] = {g.num_reqs, 0, 0, 0};
+      continue;
+    }
+    const int32_t sample = last_at_most(memory.samples, 0, num_samples, at) * sample_stride;
+    const int32_t r = last_at_most(prefix, sample, min(sample + sample_stride, g.num_reqs), at);
+    const int64_t cost_before = sample_stride == 1 ? memory.samples[r] : prefix[r];
+    plan.starts[kLine][w] =
+        locate(g, kLine, r, request_lens(p.qo_indptr, p.kv_lens, r), at - cost_before);
+  }
+}
+
+// Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads.
+__global__ void __launch_bounds__(kPlanMaxThreads, 1)
+    device_plan_kernel(const __grid_constant__ DevicePlanParams p) {
+  ptx::grid_dependency_wait();
+  // What runs the plan may be set up while the plan is made; it waits for it before it reads it.
+  ptx::grid_dependency_launch();
+  __shared__ PlanMemory memory;
+  if (blockIdx.x == kFewRows) {
+    plan_line<kFewRows>(p, memory);
+  } else {
+    plan_line<kManyRows>(p, memory);
+  }
+}
+
+}  // namespace fi

@@ -1,0 +1,103 @@
+// What a step's attention work is made of: requests, their query tiles, the keys a tile sees.
+//
+// A work item is (request, kv head, query tile) with the range of kv tokens its rows can see. A
+// step has two lines of items, because requests with few rows are bound by reading KV and requests
+// with many rows by arithmetic: each line has its own kernel. Which line a request stands in
+// follows from its own query length alone.
+#pragma once
+
+#include <fi_backend/common/div.h>
+#include <fi_backend/common/macros.h>
+
+namespace fi {
+
+constexpr int kFewRows = 0;   // line of requests with at most few_rows_limit packed rows
+constexpr int kManyRows = 1;  // line of all other requests
+constexpr int kNumLines = 2;
+
+// What the planner knows besides lengths. Stored at the head of the plan; run checks it.
+struct WorkGeometry {
+  int32_t num_reqs;
+  int32_t num_kv_heads;
+  int32_t group_size;      // query heads per kv head; a packed row is (query token, head in group)
+  int32_t few_rows_limit;  // requests with at most this many packed rows are few-row; 0 = none
+  int32_t tile_rows;       // packed rows per query tile of the many-row line
+  int32_t causal;          // 0 or 1
+  int32_t window_left;     // a row sees this many keys to the left of its own; -1 = all
+  int32_t split;           // 0 = cut anywhere, -1 = never cut, n = cut at multiples of n tokens
+  int32_t num_workers;
+  int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this many tokens
+  int32_t min_piece_tokens;  // and a cut that would leave less moves to the item's edge
+};
+
+struct RequestLens {
+  int32_t qo_len;
+  int32_t kv_len;
+};
+
+struct KvRange {
+  int32_t begin;
+  int32_t end;
+};
+
+FI_HOST_DEVICE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FI_HOST_DEVICE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// a >= 0, b > 0.
+FI_HOST_DEVICE int64_t ceil_div64(int64_t a, int64_t b) { return divide_index(a + b - 1, b).quot; }
+
+// Lengths of a request. What no engine means is empty: a kernel cannot refuse it, for nobody reads
+// lengths that live on the device, and must neither fault on it nor run for ever.
+FI_HOST_DEVICE RequestLens request_lens(const int32_t* qo_indptr, const int32_t* kv_lens,
+                                        int32_t request) {
+  const int32_t first_row = qo_indptr[request];
+  const int32_t end_row = qo_indptr[request + 1];
+  const int32_t kv_len = kv_lens[request];
+  return {first_row < 0 || end_row < first_row ? 0 : end_row - first_row, kv_len < 0 ? 0 : kv_len};
+}
+
+FI_HOST_DEVICE int line_of(const WorkGeometry& g, int32_t qo_len) {
+  return int64_t{qo_len} * g.group_size <= g.few_rows_limit ? kFewRows : kManyRows;
+}
+
+FI_HOST_DEVICE int32_t num_q_tiles(const WorkGeometry& g, int line, int32_t qo_len) {
+  if (qo_len <= 0 || line_of(g, qo_len) != line) return 0;
+  if (line == kFewRows) return 1;
+  return static_cast<int32_t>(ceil_div64(int64_t{qo_len} * g.group_size, g.tile_rows));
+}
+
+// Number of packed rows of a query tile.
+FI_HOST_DEVICE int32_t num_tile_rows(const WorkGeometry& g, int line, int32_t qo_len,
+                                     int32_t q_tile) {
+  const int64_t rows = int64_t{qo_len} * g.group_size;
+  if (line == kFewRows) return static_cast<int32_t>(rows);
+  return static_cast<int32_t>(min64(g.tile_rows, rows - int64_t{q_tile} * g.tile_rows));
+}
+
+// The kv tokens that query token qo_idx of a request sees.
+FI_HOST_DEVICE KvRange visible_tokens(const WorkGeometry& g, int32_t qo_len, int32_t kv_len,
+                                      int64_t qo_idx) {
+  const int64_t diagonal = int64_t{kv_len} - qo_len + qo_idx;  // the row's own position
+  const int64_t end = g.causal ? max64(0, min64(kv_len, diagonal + 1)) : kv_len;
+  const int64_t begin = g.window_left < 0 ? 0 : min64(end, max64(0, diagonal - g.window_left));
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+// The kv tokens that at least one row of a query tile sees: one range, since ranges of consecutive
+// rows overlap or touch.
+FI_HOST_DEVICE KvRange item_tokens(const WorkGeometry& g, int line, int32_t qo_len, int32_t kv_len,
+                                   int32_t q_tile) {
+  int64_t first_token = 0;
+  int64_t last_token = int64_t{qo_len} - 1;
+  if (line == kManyRows) {
+    const QuotRem first = divide_index(int64_t{q_tile} * g.tile_rows, g.group_size);
+    const int32_t last_row = num_tile_rows(g, line, qo_len, q_tile) - 1;  // of the tile
+    first_token = first.quot;
+    last_token = first_token + uint32_t(first.rem + last_row) / uint32_t(g.group_size);
+  }
+  const KvRange first = visible_tokens(g, qo_len, kv_len, first_token);
+  const KvRange last = visible_tokens(g, qo_len, kv_len, last_token);
+  return {first.begin, last.end};
+}
+
+}  // namespace fi

@@ -1,0 +1,37 @@
+// The planner on the host, one thread. The device runs the same steps as a parallel prefix sum and
+// one locate per worker.
+#pragma once
+
+#include <fi_backend/plan/work_line.h>
+
+namespace fi {
+
+// Write the plan of a step into `buffer`, of plan_ints() elements.
+inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
+                      const int32_t* kv_lens, int32_t* buffer) {
+  const PlanView plan = view_plan(buffer, geometry.num_reqs, geometry.num_workers);
+  *plan.geometry = geometry;
+  for (int line = 0; line < kNumLines; ++line) {
+    int64_t* prefix = plan.prefix_cost[line];
+    prefix[0] = 0;
+    for (int32_t r = 0; r < geometry.num_reqs; ++r) {
+      const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
+      prefix[r + 1] = prefix[r] + request_cost(geometry, line, lens);
+    }
+    const int64_t total = prefix[geometry.num_reqs];
+    plan.has_work[line] = total > 0;
+    for (int32_t w = 0; w <= geometry.num_workers; ++w) {
+      plan.finished[line][w] = 0;
+      const int64_t cost = worker_cost(total, geometry.num_workers, w);
+      if (cost >= total) {
+        plan.starts[line][w] = {geometry.num_reqs, 0, 0, 0};
+        continue;
+      }
+      const int32_t r = last_at_most(prefix, 0, geometry.num_reqs, cost);
+      const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
+      plan.starts[line][w] = locate(geometry, line, r, lens, cost - prefix[r]);
+    }
+  }
+}
+
+}  // namespace fi
