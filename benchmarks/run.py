@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.report import machine_name, write
 
-ROUTINES = ("cpu",)
+ROUTINES = ("append", "cpu", "decode", "graph", "merge", "plan")
 
 
 def main() -> None:

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.attention_line import (
-    LineKernels,
-    call_count,
-    load_lines,
-    partial_floats,
-)
+from fi_backend.kernels import attention_cuda, attention_line
+from fi_backend.kernels.attention_line import call_count
 from fi_backend.kernels.decode import decode_spec
 from fi_backend.kernels.prefill import prefill_spec
 
@@ -21,6 +17,7 @@ __all__ = ["attention_specs", "call_count", "load", "partial_floats"]
 
 def attention_specs(
     *,
+    device_type: str = "cpu",
     q_dtype: torch.dtype,
     kv_dtype: torch.dtype,
     o_dtype: torch.dtype,
@@ -35,32 +32,43 @@ def attention_specs(
         "head_dim_qk": head_dim_qk,
         "head_dim_vo": head_dim_vo,
     }
+    if device_type == "cuda":
+        return attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
     return decode_spec(**types), prefill_spec(**types)
 
 
 def load(
-    *,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    o_dtype: torch.dtype,
-    head_dim_qk: int,
-    head_dim_vo: int,
-) -> LineKernels:
+    *, device_type: str = "cpu", **types: Any
+) -> attention_line.LineKernels | attention_cuda.CudaLineKernels:
     """Load both kernels, compiling them in parallel where no cache has them.
 
     Args:
-        q_dtype: float32, float16 or bfloat16.
-        kv_dtype: one of those, float8_e4m3fn or float8_e5m2.
-        o_dtype: float32, float16 or bfloat16.
-        head_dim_qk: size of a query or key row, a multiple of 8.
-        head_dim_vo: size of a value or output row, a multiple of 8.
+        device_type: "cpu" or "cuda".
+        types: q_dtype, kv_dtype, o_dtype, head_dim_qk and head_dim_vo; the modules of each target
+            say which values it takes.
     """
-    return load_lines(
-        attention_specs(
-            q_dtype=q_dtype,
-            kv_dtype=kv_dtype,
-            o_dtype=o_dtype,
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-        )
+    specs = attention_specs(device_type=device_type, **types)
+    if device_type == "cuda":
+        return attention_cuda.load_lines(specs)
+    return attention_line.load_lines(specs)
+
+
+def partial_floats(
+    *, device_type: str = "cpu", num_workers: int, split: int = 0, **types: Any
+) -> int:
+    """Count the float32 elements of the workspace `partials`: it grows with workers alone.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        num_workers: workers of the plan.
+        split: as planned; the bound on the CPU does not depend on it.
+        types: as for load().
+    """
+    if device_type == "cuda":
+        specs = attention_specs(device_type=device_type, **types)
+        return attention_cuda.load_lines(specs).partial_floats(num_workers=num_workers, split=split)
+    return attention_line.partial_floats(
+        num_workers=num_workers,
+        head_dim_qk=types["head_dim_qk"],
+        head_dim_vo=types["head_dim_vo"],
     )

@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_modules import append_spec, merge_spec, rmsnorm_spec
+from cuda_modules import append_spec, decode_spec, merge_spec, plan_spec, prefill_spec, rmsnorm_spec
 
 from fi_backend import jit
 from fi_backend.jit import paths, render, toolchain
 
 pytestmark = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc; there is none")
 
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 BUILDERS = {
     "merge": (merge_spec, (BF16, BF16)),
+    "merge_f32": (merge_spec, (F32, F32)),
     "append": (append_spec, (BF16, E4M3)),
     "rmsnorm": (rmsnorm_spec, (BF16, BF16)),
+    "plan": (plan_spec, ()),
+    "decode": (decode_spec, (BF16, BF16)),
+    "decode_fp8": (decode_spec, (BF16, E4M3)),
+    "prefill": (prefill_spec, (BF16, BF16)),
+    "prefill_fp8": (prefill_spec, (BF16, E4M3)),
 }
 # One PTX for all portable targets, as it is shipped; sm_120 has 99 KB of shared memory a block.
 GENCODE = [
@@ -103,3 +109,12 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
         rmsnorm.rmsnorm(x, x[0, 0], x, None, None, 1.0, 1e-6, 0.0, False)
     with pytest.raises(TypeError, match="Expected"):
         rmsnorm.rmsnorm(x, x[0, 0])
+    plan = jit.load(specs["plan"])
+    lens = torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
+        plan.device_plan(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, False, False)
+    decode = jit.load(specs["decode"])
+    with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
+        decode.run(
+            x, x, x, x, None, x, x, x, x, *[None] * 10, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -135,8 +136,11 @@ def pack_masks(masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(packed), sizes.cumsum(0).to(torch.int32)
 
 
-def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plan and run; return out and lse with padding rows, which hold 7 where not written."""
+def make_arguments(case: Case, inputs: Inputs, target: str = "cpu") -> dict[str, Any]:
+    """Plan the step for `target` and return what its kernels' `run` takes, all on the CPU.
+
+    `partials` is missing; padding rows of out and lse hold 7.
+    """
     qo_lens = [qo_len for qo_len, _ in case.requests]
     qo_indptr = torch.tensor([0, *qo_lens]).cumsum(0).to(torch.int32)
     kv_lens = torch.tensor([kv_len for _, kv_len in case.requests], dtype=torch.int32)
@@ -168,26 +172,20 @@ def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         num_workers=case.num_workers,
         split=case.split,
         many_rows_only=case.many_rows_only,
-    )
-    floats = attention.partial_floats(
-        num_workers=case.num_workers, head_dim_qk=case.head_dim_qk, head_dim_vo=case.head_dim_vo
+        target=target,
     )
     num_rows = inputs.q.shape[0]
     out = torch.full(
         (num_rows, case.num_qo_heads, case.head_dim_vo), 7.0, dtype=case.o_dtype or case.q_dtype
     )
-    lse = torch.full((num_rows, case.num_qo_heads), 7.0)
     packed = (None, None) if inputs.masks is None else pack_masks(inputs.masks)
-    # Load only the kernels that the plan has work for: a test compiles no more than it runs.
-    lines = plan_buffer[14:16].tolist()
-    arguments = dict(
+    return dict(
         plan_buffer=plan_buffer,
-        partials=torch.full((floats,), math.nan),
         q=inputs.q,
         k_cache=kv.k_cache,
         v_cache=kv.v_cache,
         out=out,
-        lse=lse,
+        lse=torch.full((num_rows, case.num_qo_heads), 7.0),
         qo_indptr=qo_indptr,
         kv_lens=kv_lens,
         **table,
@@ -205,10 +203,21 @@ def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         rope_theta=case.mask.rope_theta,
         num_workers=case.num_workers,
     )
+
+
+def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plan and run; return out and lse with padding rows, which hold 7 where not written."""
+    arguments = make_arguments(case, inputs)
+    floats = attention.partial_floats(
+        num_workers=case.num_workers, head_dim_qk=case.head_dim_qk, head_dim_vo=case.head_dim_vo
+    )
+    arguments["partials"] = torch.full((floats,), math.nan)
+    # Load only the kernels that the plan has work for: a test compiles no more than it runs.
+    lines = arguments["plan_buffer"][14:16].tolist()
     for has_work, kernel in zip(lines, (decode, prefill), strict=True):
         if has_work:
             kernel.load(**case.types).run(**arguments)
-    return out, lse
+    return arguments["out"], arguments["lse"]
 
 
 def judge(case: Case, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:

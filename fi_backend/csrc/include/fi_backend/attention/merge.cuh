@@ -145,10 +145,14 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   for (int i = threadIdx.x * kVecSize; i < p.head_dim; i += blockDim.x * kVecSize) {
     WeightedSum<kVecSize> acc;
     weight_sum = 0.f;
+    const In* state_v = v + i;
+    const float* state_lse = lse;
 #pragma unroll 4
     for (int state = 0; state < p.num_states; ++state) {
-      const auto vec = Traits::InVec::load_once(v + state * p.v_state_stride + i);
-      const float weight = state_weight(lse[state * p.lse_state_stride], lse_max);
+      const auto vec = Traits::InVec::load_once(state_v);
+      const float weight = state_weight(*state_lse, lse_max);
+      state_v += p.v_state_stride;
+      state_lse += p.lse_state_stride;
       acc.add(weight, vec);
       weight_sum += weight;
     }

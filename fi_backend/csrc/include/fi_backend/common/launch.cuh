@@ -17,10 +17,11 @@ constexpr bool compiled_with_pdl() {
   return true;
 }
 
-// Launch `kernel(args...)` on `stream`. The result reports a refused launch, not a failing kernel.
+// Launch `kernel(args...)` on `stream`, with shared_bytes of dynamic shared memory. The result
+// reports a refused launch, not a failing kernel.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), int64_t num_blocks, dim3 block, cudaStream_t stream,
-                   bool enable_pdl, const Args&... args) {
+cudaError_t launch(void (*kernel)(Params...), int64_t num_blocks, dim3 block, int shared_bytes,
+                   cudaStream_t stream, bool enable_pdl, const Args&... args) {
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -28,10 +29,17 @@ cudaError_t launch(void (*kernel)(Params...), int64_t num_blocks, dim3 block, cu
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_blocks));
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = enable_pdl && compiled_with_pdl() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t num_blocks, dim3 block, cudaStream_t stream,
+                   bool enable_pdl, const Args&... args) {
+  return launch(kernel, num_blocks, block, 0, stream, enable_pdl, args...);
 }
 
 template <class Params>

@@ -1,9 +1,15 @@
 // Warp-wide matrix multiply-accumulate on 16-bit inputs (sm_80 and up), and its register layouts.
 //
-// With g = lane / 4 and c = lane % 4, D[16][8] += A[16][16] * B[16][8] keeps
-//   A: a[0] = A[g][2c, 2c+1], a[1] = A[g+8][2c, 2c+1], a[2] = A[g][2c+8, +9], a[3] = A[g+8][2c+8, +9]
-//   B: b[0] = B[2c, 2c+1][g], b[1] = B[2c+8, 2c+9][g]
-//   D: d[0], d[1] = D[g][2c, 2c+1], d[2], d[3] = D[g+8][2c, 2c+1]
+// D[16][8] += A[16][16] * B[16][8]. With g = lane / 4 and c = 2 * (lane % 4), a lane keeps
+//
+//   a[0] = A[g][c, c+1]      a[1] = A[g+8][c, c+1]
+//
+//   a[2] = A[g][c+8, c+9]    a[3] = A[g+8][c+8, c+9]
+//
+//   b[0] = B[c, c+1][g]    b[1] = B[c+8, c+9][g]
+//
+//   d[0, 1] = D[g][c, c+1]    d[2, 3] = D[g+8][c, c+1]
+//
 // (PTX ISA, mma.m16n8k16 with .f16 and .bf16). The lower half of a register is the lower index.
 #pragma once
 

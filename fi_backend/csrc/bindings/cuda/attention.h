@@ -1,0 +1,83 @@
+// Binding of the attention kernels: validate, device and stream, params, launch one line of a plan.
+#pragma once
+
+#include <bindings/attention_checks.h>
+#include <bindings/cuda/launch.h>
+
+namespace fi::bindings {
+
+// Rows of q, K and V move in accesses of 16 bytes.
+inline constexpr int64_t kRowAlignment = 16;
+
+// The address of every row of `tensor` must be a multiple of `bytes`. All dimensions but the last
+// may have any stride that keeps it so; the stride of a dimension of size 1 is never used.
+inline void check_row_alignment(const char* name, const TensorView& tensor, int64_t bytes) {
+  const int64_t element = tensor.dtype().bits / 8;
+  bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
+  for (int32_t i = 0; i + 1 < tensor.ndim(); ++i) {
+    is_aligned = is_aligned && (tensor.size(i) <= 1 || tensor.stride(i) * element % bytes == 0);
+  }
+  if (!is_aligned) {
+    TVM_FFI_THROW(ValueError) << name << ": rows must begin at multiples of " << bytes
+                              << " bytes, got an address or strides "
+                              << shape_text(tensor.strides().data(), tensor.strides().size())
+                              << " that do not; pass " << name << ".contiguous()";
+  }
+}
+
+// What a kernel is launched with besides its params.
+struct AttentionLaunch {
+  int32_t num_reqs;
+  int32_t num_workers;
+  int64_t num_rows;        // of q
+  int64_t partial_floats;  // in partials
+  bool enable_pdl;
+};
+
+// Traits: Q, Kv, Out, kHeadDimQk and kHeadDimVo; kName; kHasRope; partial_floats(num_workers); and
+// launch(params, AttentionLaunch, stream). Arguments as on the CPU, where each is described; the
+// plan lies on the device, so that only its size can be checked, and causal and window_left are
+// those it was made with.
+template <class Traits>
+void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
+                   Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
+                   TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
+                   Optional<TensorView> page_indices, Optional<TensorView> block_table,
+                   Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
+                   Optional<TensorView> sinks, Optional<TensorView> custom_mask,
+                   Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
+                   Optional<TensorView> v_scales, double k_scale, double v_scale, double sm_scale,
+                   double soft_cap, int64_t /*window_left*/, bool /*causal*/, double rope_scale,
+                   double rope_theta, int64_t num_workers, bool enable_pdl) {
+  check_cuda("q", q);
+  const DLDevice device = q.device();
+  const AttentionParams params = checked_params<Traits>(
+      {q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
+       qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
+       sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
+       sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers},
+      device);
+  check_row_alignment("q", q, kRowAlignment);
+  check_row_alignment("k_cache", k_cache, kRowAlignment);
+  check_row_alignment("v_cache", v_cache, kRowAlignment);
+  check_row_alignment("out", out, 4 * (out.dtype().bits / 8));
+  check_row_alignment("partials", partials, kRowAlignment);
+  check_row_alignment("plan_buffer", plan_buffer, kRowAlignment);
+  if (partials.size(0) < Traits::partial_floats(num_workers)) {
+    TVM_FFI_THROW(ValueError) << "partials: must have at least "
+                              << Traits::partial_floats(num_workers) << " elements, got "
+                              << partials.size(0) << "; size it with partial_floats()";
+  }
+  if (rope_theta != 0 && !Traits::kHasRope) {
+    TVM_FFI_THROW(ValueError) << "rope_theta: must be 0 in the " << Traits::kName << " kernel, got "
+                              << rope_theta << "; rotate q and k before";
+  }
+
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  const AttentionLaunch launch = {static_cast<int32_t>(kv_lens.size(0)),
+                                  static_cast<int32_t>(num_workers), q.size(0), partials.size(0),
+                                  enable_pdl};
+  check_launch(Traits::kName, Traits::launch(params, launch, current_stream(device)));
+}
+
+}  // namespace fi::bindings

@@ -1,0 +1,36 @@
+// Binding of the few-row attention kernel.
+#pragma once
+
+#include <bindings/cuda/attention.h>
+#include <fi_backend/attention/few_rows_launch.h>
+#include <fi_backend/attention/few_rows_shape.h>
+
+namespace fi::bindings {
+
+template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_>
+struct DecodeTraits {
+  using Q = Q_;
+  using Kv = Kv_;
+  using Out = Out_;
+  static constexpr int kHeadDimQk = kHeadDimQk_;
+  static constexpr int kHeadDimVo = kHeadDimVo_;
+  static constexpr const char* kName = "decode";
+  static constexpr bool kHasRope = false;
+
+  // Without a fixed split; batch-invariant mode needs kMaxChunks times as many.
+  static int64_t partial_floats(int64_t num_workers) {
+    const int rows = cuda_few_rows_limit(kHeadDimQk, kHeadDimVo);
+    return PartialArea{rows, kHeadDimVo, 1}.floats(num_workers);
+  }
+  static int64_t invariant_partial_floats(int64_t num_workers) {
+    return kMaxChunks * partial_floats(num_workers);
+  }
+  static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
+                            cudaStream_t stream) {
+    const FewRowsLaunch few = {launch.num_reqs, launch.num_workers, launch.num_rows,
+                               launch.partial_floats, launch.enable_pdl};
+    return launch_few_rows(params, few, stream);
+  }
+};
+
+}  // namespace fi::bindings

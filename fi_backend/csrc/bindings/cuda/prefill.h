@@ -1,0 +1,32 @@
+// Binding of the many-row attention kernel.
+#pragma once
+
+#include <bindings/cuda/attention.h>
+#include <fi_backend/attention/many_rows_launch.h>
+#include <fi_backend/attention/many_rows_shape.h>
+
+namespace fi::bindings {
+
+template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_>
+struct PrefillTraits {
+  using Q = Q_;
+  using Kv = Kv_;
+  using Out = Out_;
+  static constexpr int kHeadDimQk = kHeadDimQk_;
+  static constexpr int kHeadDimVo = kHeadDimVo_;
+  static constexpr const char* kName = "prefill";
+  static constexpr bool kHasRope = false;
+
+  static int64_t partial_floats(int64_t num_workers) {
+    return ManyRowsPartials{many_row_tile(kHeadDimQk, kHeadDimVo), kHeadDimVo}.floats(num_workers);
+  }
+  static int64_t invariant_partial_floats(int64_t num_workers) {
+    return partial_floats(num_workers);
+  }
+  static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
+                            cudaStream_t stream) {
+    return launch_many_rows(params, launch.num_reqs, launch.num_workers, launch.enable_pdl, stream);
+  }
+};
+
+}  // namespace fi::bindings

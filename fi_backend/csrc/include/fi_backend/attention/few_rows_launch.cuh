@@ -1,0 +1,67 @@
+// Choose the shape of the few-row kernel for the device, and launch it.
+#pragma once
+
+#include <fi_backend/attention/few_rows_launch.h>
+
+#include <fi_backend/attention/few_rows.cuh>
+#include <fi_backend/common/launch.cuh>
+
+namespace fi {
+
+// Set up the kernel on the current device; once per thread and device.
+template <class Traits>
+cudaError_t prepare_few_rows(FewRowsShape& shape) {
+  thread_local int prepared_device = -1;
+  thread_local FewRowsShape prepared = {};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device != prepared_device) {
+    int sm_bytes = 0, reserved_bytes = 0;
+    error = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (error != cudaSuccess) return error;
+    error =
+        cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    if (error != cudaSuccess) return error;
+    prepared = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
+    if (prepared.num_slots < kFewRowsMinSlots) return cudaErrorInvalidConfiguration;
+    error =
+        cudaFuncSetAttribute(few_rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             prepared.shared_bytes);
+    if (error != cudaSuccess) return error;
+    prepared_device = device;
+  }
+  shape = prepared;
+  return cudaSuccess;
+}
+
+template <class Traits>
+cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
+                         cudaStream_t stream) {
+  FewRowsShape shape;
+  const cudaError_t error = prepare_few_rows<Traits>(shape);
+  if (error != cudaSuccess) return error;
+  const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
+  PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
+  if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
+  const FewRowsParams p = {params,   plan.geometry,  plan.starts[kFewRows], plan.finished[kFewRows],
+                           partials, shape.num_slots};
+  return launch(few_rows_kernel<Traits>, l.num_workers, dim3(kFewRowsThreads), shape.shared_bytes,
+                stream, l.enable_pdl, p);
+}
+
+// Lengths are on the device, so the number of rows that most requests have is guessed: the results
+// are the same bits whatever the unit, but rows that need several units read K and V as often.
+template <class Q, class Kv, class Out, int kQk, int kVo>
+cudaError_t few_rows(const AttentionParams& params, const FewRowsLaunch& l, cudaStream_t stream) {
+  if (l.num_reqs == 0) return cudaSuccess;
+  if (l.num_workers > kMaxCudaWorkers) return cudaErrorInvalidValue;
+  constexpr int kItemBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
+  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
+  const int64_t typical_rows = group_size * ((l.num_rows + l.num_reqs - 1) / l.num_reqs);
+  return typical_rows <= kRowBlock
+             ? launch_units<FewRowsTraits<Q, Kv, Out, kQk, kVo, 1>>(params, l, stream)
+             : launch_units<FewRowsTraits<Q, Kv, Out, kQk, kVo, kItemBlocks>>(params, l, stream);
+}
+
+}  // namespace fi

@@ -1,0 +1,184 @@
+// Online softmax of one warp over its tiles, in the accumulators of the tensor cores.
+#pragma once
+
+#include <fi_backend/attention/few_rows_products.cuh>
+#include <fi_backend/ptx/math.cuh>
+
+namespace fi {
+
+// A row's reference grows only when a logit exceeds it by this much: most tiles then need neither a
+// maximum over the warp nor a rescaling. Weights stay below 2^8, far from the end of fp16.
+inline constexpr float kMaxSlack = 8.f;
+
+// kBlocks blocks of 8 packed rows.
+template <class Traits, int kBlocks>
+class FewRowsSoftmax {
+  using Products = FewRowsProducts<Traits>;
+  static constexpr int kVoBlocks = Products::kVoBlocks;
+  static constexpr bool kKeepsScales = kBlocks <= 2;  // in registers, if there is room
+
+ public:
+  // q: shared address of the unit's query rows; `rows` describes them, in shared memory too.
+  __device__ __forceinline__ FewRowsSoftmax(uint32_t q, const LogitRow* rows,
+                                            const LogitTransform& transform,
+                                            const KvRange& keys_all_see)
+      : queries_(q), rows_(rows), transform_(transform), keys_all_see_(keys_all_see) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        max_[n][j] = minus_infinity();
+        sum_[n][j] = 0.f;
+        if constexpr (kKeepsScales) scale_[n][j] = row(n, j).scale;
+      }
+    }
+  }
+
+  // Attend to a tile of keys `first` to `end` - 1; `next_values` waits for its values.
+  template <class NextValues>
+  __device__ __forceinline__ void attend(uint32_t keys, int32_t first, int32_t end,
+                                         const NextValues& next_values) {
+    float s[kBlocks][4] = {};
+    Products::template scores<kBlocks>(queries_, keys, s);
+    make_logits(s, first, end);
+    raise_maximum(s);
+    uint32_t p[kBlocks][2];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = ptx::exp2_approx(s[n][i] - base(max_[n][i % 2]));
+        sum_[n][i % 2] += s[n][i];
+      }
+      Products::pack_weights(s[n], p[n]);
+    }
+    Products::template values<kBlocks>(next_values(), p, o_);
+  }
+
+  // Add up what the lanes have of each row's sum.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sum_[n][j] = over_tokens(sum_[n][j], Add());
+    }
+  }
+
+  // Store block n: its states [kRowBlock] and its accumulators [kRowBlock, kStateRow].
+  __device__ __forceinline__ void store(int n, SoftmaxState* states,
+                                        float (*values)[Traits::kStateRow]) const {
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane < 4) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) states[2 * lane + j] = {max_[n][j], sum_[n][j]};
+    }
+#pragma unroll
+    for (int m = 0; m < kVoBlocks; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[Products::row_in_block(i)][Products::value_column(m, i)] = o_[m][n][i];
+      }
+    }
+  }
+
+ private:
+  struct Add {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  };
+  struct Max {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  };
+
+  // Reduce over the lanes that hold other tokens of the same rows.
+  template <class Op>
+  __device__ __forceinline__ static float over_tokens(float x, const Op& op) {
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) {
+      x = op(x, __shfl_xor_sync(kFullWarp, x, offset));
+    }
+    return x;
+  }
+
+  // What weights are relative to: a row that has seen no key has no maximum, and no weights.
+  __device__ __forceinline__ static float base(float max) {
+    return max == minus_infinity() ? 0.f : max;
+  }
+
+  // Row j of the lane's two in block n.
+  __device__ __forceinline__ const LogitRow& row(int n, int j) const {
+    return rows_[n * kRowBlock + Products::row_in_block(j)];
+  }
+
+  __device__ __forceinline__ float scale(int n, int j) const {
+    if constexpr (kKeepsScales) {
+      return scale_[n][j];
+    } else {
+      return row(n, j).scale;
+    }
+  }
+
+  __device__ __forceinline__ void make_logits(float (&s)[kBlocks][4], int32_t first,
+                                              int32_t end) const {
+    const int32_t tile_end = first + kTileTokens;
+    const bool needs_mask =
+        first < keys_all_see_.begin || tile_end > end || tile_end > keys_all_see_.end;
+    if (transform_.is_scale_only() && !needs_mask) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] *= scale(n, i % 2);
+      }
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t key = first + Products::token_in_tile(i);
+        const LogitRow& r = row(n, i % 2);
+        const float logit = transform_(s[n][i], r, key);
+        const bool is_seen = !needs_mask || (key < end && transform_.sees(r, key));
+        s[n][i] = is_seen ? logit : minus_infinity();
+      }
+    }
+  }
+
+  // Raise the maximum of rows that a logit exceeds. Each block of rows for itself: its bits do not
+  // depend on how many rows a unit has.
+  __device__ __forceinline__ void raise_maximum(const float (&s)[kBlocks][4]) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      float highest[2];
+      bool exceeds = false;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        highest[j] = fmaxf(s[n][j], s[n][j + 2]);
+        exceeds = exceeds || highest[j] > max_[n][j] + kMaxSlack;
+      }
+      if (!__any_sync(kFullWarp, exceeds)) continue;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float raised = fmaxf(max_[n][j], over_tokens(highest[j], Max()));
+        const float factor = ptx::exp2_approx(max_[n][j] - base(raised));
+        max_[n][j] = raised;
+        sum_[n][j] *= factor;
+#pragma unroll
+        for (int m = 0; m < kVoBlocks; ++m) {
+          o_[m][n][j] *= factor;
+          o_[m][n][j + 2] *= factor;
+        }
+      }
+    }
+  }
+
+  typename Products::template Queries<kBlocks> queries_;
+  const LogitRow* rows_;
+  LogitTransform transform_;
+  KvRange keys_all_see_;
+  float scale_[kKeepsScales ? kBlocks : 1][2];
+  float max_[kBlocks][2];
+  float sum_[kBlocks][2];  // of this lane's tokens, until finish()
+  float o_[kVoBlocks][kBlocks][4] = {};
+};
+
+}  // namespace fi

@@ -1,0 +1,124 @@
+// From q . k to base-2 logits, and from a row's softmax state to its result, as params.h defines
+// them. Both attention kernels use this.
+#pragma once
+
+#include <fi_backend/attention/params.h>
+#include <fi_backend/common/div.h>
+#include <fi_backend/plan/work_pieces.h>
+
+#include <fi_backend/ptx/math.cuh>
+
+namespace fi {
+
+inline constexpr float kLog2e = 1.44269504088896341f;
+
+// The maximum of a row that has seen no key.
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+// tanh to 2e-7 of 1: a logit under a cap needs no better relative error near 0, the hardware's tanh
+// has 11 bits only, and tanhf takes enough registers to make kernels spill that unroll over logits.
+__device__ __forceinline__ float soft_cap_tanh(float x) {
+  return 1.f - __fdividef(2.f, ptx::exp2_approx(x * (2.f * kLog2e)) + 1.f);
+}
+
+// What a packed row of a work item needs to know about itself.
+struct LogitRow {
+  float scale;       // from q . k to a base-2 logit; under a soft cap, to the argument of tanh
+  float slope;       // ALiBi slope * log2(e); 0 = none
+  int32_t begin;     // keys [begin, end) that it sees, but for the custom mask
+  int32_t end;       // = begin where it sees none
+  int32_t position;  // its own place among the keys
+  int32_t qo_idx;    // query token within the request
+  int32_t head;      // query head
+};
+
+// What all rows of a request have in common.
+struct LogitTransform {
+  float cap;  // soft_cap * log2(e); 0 = off
+  bool has_alibi;
+  int32_t kv_len;
+  const uint8_t* mask;  // bits [qo_len, kv_len]; nullptr = no custom mask
+
+  // A row's scale alone turns q . k into a logit.
+  __device__ __forceinline__ bool is_scale_only() const { return cap == 0.f && !has_alibi; }
+
+  // ALiBi distances count from the row's own position, which keeps them small; finish_row() moves
+  // the origin to query 0, where callers have it.
+  __device__ __forceinline__ float operator()(float product, const LogitRow& row,
+                                              int32_t key) const {
+    float x = product * row.scale;
+    if (cap != 0.f) x = soft_cap_tanh(x) * cap;
+    if (has_alibi) x += row.slope * static_cast<float>(key - row.position);
+    return x;
+  }
+
+  __device__ __forceinline__ bool sees(const LogitRow& row, int32_t key) const {
+    if (key < row.begin || key >= row.end) return false;
+    if (mask == nullptr) return true;
+    const int64_t bit = int64_t{row.qo_idx} * kv_len + key;
+    return mask[bit >> 3] >> (bit & 7) & 1;
+  }
+};
+
+__device__ __forceinline__ LogitTransform make_logit_transform(const AttentionParams& p,
+                                                               const WorkPiece& piece) {
+  return {p.soft_cap * kLog2e, p.alibi_slopes != nullptr, piece.kv_len,
+          p.custom_mask == nullptr ? nullptr : p.custom_mask + p.mask_indptr[piece.request]};
+}
+
+// `row` counts the packed rows of the piece's query tile.
+__device__ __forceinline__ LogitRow make_logit_row(const AttentionParams& p, const WorkGeometry& g,
+                                                   int line, const WorkPiece& piece, int row) {
+  const int64_t packed = (line == kFewRows ? 0 : int64_t{piece.q_tile} * g.tile_rows) + row;
+  const int32_t qo_idx = static_cast<int32_t>(divide_index(packed, g.group_size).quot);
+  const KvRange seen = visible_tokens(g, piece.qo_len, piece.kv_len, qo_idx);
+  const float k_scale = p.k_scale != nullptr ? p.k_scale[piece.kv_head] : p.k_scale_value;
+  LogitRow r;
+  r.qo_idx = qo_idx;
+  r.head =
+      piece.kv_head * g.group_size + static_cast<int32_t>(packed - int64_t{qo_idx} * g.group_size);
+  r.scale = p.sm_scale * k_scale * (p.soft_cap != 0.f ? 1.f / p.soft_cap : kLog2e);
+  r.slope = p.alibi_slopes != nullptr ? p.alibi_slopes[r.head] * kLog2e : 0.f;
+  r.begin = seen.begin;
+  r.end = seen.end;
+  r.position = piece.kv_len - piece.qo_len + qo_idx;
+  return r;
+}
+
+// The keys that every row of the piece's query tile sees: among them nothing needs a mask. Empty
+// under a custom mask.
+__device__ __forceinline__ KvRange keys_all_see(const AttentionParams& p, const WorkGeometry& g,
+                                                int line, const WorkPiece& piece) {
+  if (p.custom_mask != nullptr) return {0, 0};
+  const int64_t first = line == kFewRows ? 0 : int64_t{piece.q_tile} * g.tile_rows;
+  const int64_t last = first + piece.num_rows - 1;
+  const int64_t first_idx = divide_index(first, g.group_size).quot;
+  const int64_t last_idx = divide_index(last, g.group_size).quot;
+  // Both ends of what a row sees grow with the row.
+  return {visible_tokens(g, piece.qo_len, piece.kv_len, last_idx).begin,
+          visible_tokens(g, piece.qo_len, piece.kv_len, first_idx).end};
+}
+
+struct RowResult {
+  float factor;  // from the unnormalised sum of values to out; 0 where the row saw no key
+  float lse;
+};
+
+// End a row whose weights are 2^(logit - max), with `sum` over all its keys.
+__device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const WorkPiece& piece,
+                                                const LogitRow& row, float max, float sum) {
+  if (sum == 0.f) return {0.f, minus_infinity()};
+  const float origin = row.slope * static_cast<float>(piece.kv_len - piece.qo_len);
+  float scale = 1.f;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[row.head] * kLog2e - origin;
+    const float top = fmaxf(max, sink);
+    scale = exp2f(max - top);
+    sum = sum * scale + exp2f(sink - top);
+    max = top;
+  }
+  const float v_scale = p.v_scale != nullptr ? p.v_scale[piece.kv_head] : p.v_scale_value;
+  return {scale / sum * v_scale, max + log2f(sum) + origin};
+}
+
+}  // namespace fi

@@ -1,0 +1,221 @@
+// Attention of requests with many query rows, on tensor cores from sm_80 up.
+//
+// A CTA is one worker of the plan and walks its share of the many-row line. It works on one tile of
+// query rows at a time, each warp on rows of its own, and on tiles of tokens that the warps of a
+// group share: while one tile is computed on, cp.async brings the next, and the page ids of the one
+// after that are on their way.
+#pragma once
+
+#include <fi_backend/attention/many_rows_loads.cuh>
+#include <fi_backend/attention/many_rows_output.cuh>
+#include <fi_backend/ptx/grid_dependency.cuh>
+#include <fi_backend/ptx/named_barrier.cuh>
+
+namespace fi {
+
+__device__ __forceinline__ WarpRange warp_range(const AttentionParams& p, const WorkGeometry& g,
+                                                const ManyRowsItem& item, int first_row,
+                                                int num_rows) {
+  const WorkPiece& piece = item.piece;
+  if (first_row >= piece.num_rows) return {{0, 0}, {0, 0}};
+  const int last_row = min(first_row + num_rows, piece.num_rows) - 1;
+  const LogitRow first = tile_row(p, g, item, first_row);
+  const LogitRow last = tile_row(p, g, item, last_row);
+  const int all_end = p.custom_mask != nullptr ? 0 : min(first.end, piece.tokens.end);
+  return {{max(first.begin, piece.tokens.begin), min(last.end, piece.tokens.end)},
+          {last.begin, all_end}};
+}
+
+template <class Traits>
+class ManyRowsWorker {
+ public:
+  using Memory = ManyRowsMemory<Traits>;
+  static constexpr int kTokens = Traits::kTokens;
+
+  __device__ __forceinline__ ManyRowsWorker(const AttentionParams& params, Memory& memory)
+      : p_(params), g_(*reinterpret_cast<const WorkGeometry*>(params.plan)), memory_(memory) {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) {
+      memory_.after_next = plan().starts[kManyRows][fresh_block()];
+      find_item(memory_.item);
+    }
+    __syncthreads();
+    while (memory_.item.exists) {
+      begin_item(memory_.item);
+      attend(memory_.item);
+      end_item(memory_.item);
+      // The next item takes the place of this one, of its tiles and of what describes it.
+      __syncthreads();
+      if (threadIdx.x == 0) memory_.item = memory_.next_item;
+      __syncthreads();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ PlanView plan() const {
+    // Only the counters are written, and in the end are what they were.
+    return view_plan(const_cast<int32_t*>(p_.plan), g_.num_reqs, gridDim.x);
+  }
+
+  // One thread finds items for all, ahead of time: that takes several dependent loads.
+  __device__ __forceinline__ void find_item(ManyRowsItem& item) {
+    const LinePosition end = plan().starts[kManyRows][fresh_block() + 1];
+    item.exists =
+        next_piece(g_, kManyRows, p_.qo_indptr, p_.kv_lens, end, memory_.after_next, item.piece);
+    if (!item.exists) return;
+    const QuotRem first = divide_index(int64_t{item.piece.q_tile} * g_.tile_rows, g_.group_size);
+    item.first_token = static_cast<int32_t>(first.quot);
+    item.first_head = static_cast<int32_t>(first.rem);
+    item.scale = tile_row(p_, g_, item, 0).scale;
+    // A positive factor can wait until after the maximum is taken.
+    item.is_scale_only = make_logit_transform(p_, item.piece).is_scale_only() && item.scale > 0.f;
+  }
+
+  // This warp's first row in a tile, and where its rows lie.
+  __device__ __forceinline__ static int first_row() {
+    return fresh_thread() / 32 * Traits::kWarpRows;
+  }
+  __device__ __forceinline__ uint8_t* warp_rows() const {
+    return memory_.rows[fresh_thread() / 32];
+  }
+
+  __device__ __forceinline__ static bool has_tile(const WorkPiece& piece, int n) {
+    return piece.tokens.begin + n * kTokens < piece.tokens.end;
+  }
+
+  using Group = typename Memory::Group;
+  __device__ __forceinline__ Group& group() const {
+    return memory_.groups[fresh_thread() / Traits::kGroupThreads];
+  }
+  __device__ __forceinline__ static void sync_group() {
+    ptx::named_barrier_sync<Traits::kGroupThreads>(1 + fresh_thread() / Traits::kGroupThreads);
+  }
+
+  __device__ __forceinline__ static int thread_in_group() {
+    return fresh_thread() % Traits::kGroupThreads;
+  }
+  // The token of tile n that this thread looks up for its group. Threads past kTokens look up none.
+  __device__ __forceinline__ static int thread_token(const WorkPiece& piece, int n) {
+    return piece.tokens.begin + n * kTokens + thread_in_group();
+  }
+  __device__ __forceinline__ void copy_pages(const WorkPiece& piece, int n) {
+    const int i = thread_in_group();
+    if (i >= kTokens) return;
+    copy_page_id(p_.pages, piece.request, thread_token(piece, n), piece.tokens.end,
+                 &group().pages[i]);
+  }
+  // The page must have arrived.
+  __device__ __forceinline__ void set_offsets(const WorkPiece& piece, int n) {
+    const int i = thread_in_group();
+    if (i >= kTokens) return;
+    group().offsets[n % kTileStages][i] =
+        row_offsets(p_, group().pages[i], thread_token(piece, n), piece.tokens.end);
+  }
+
+  __device__ __forceinline__ void copy_tiles(const WorkPiece& piece, int n) {
+    using Kv = typename Traits::Kv;
+    const int stage = n % kTileStages;
+    Group& to = group();
+    const Kv* k = static_cast<const Kv*>(p_.k_cache) + piece.kv_head * p_.k_strides.head;
+    const Kv* v = static_cast<const Kv*>(p_.v_cache) + piece.kv_head * p_.v_strides.head;
+    copy_tile<Traits, true>(k, to.offsets[stage], to.k[stage]);
+    copy_tile<Traits, false>(v, to.offsets[stage], to.v[stage]);
+    ptx::cp_async_commit();
+  }
+
+  // Start loading the first tile, and find out what comes after this item meanwhile.
+  __device__ __forceinline__ void begin_item(const ManyRowsItem& item) {
+    const WorkPiece& piece = item.piece;
+    copy_pages(piece, 0);
+    ptx::cp_async_commit();
+    copy_queries<Traits>(p_, g_, item, first_row(), warp_rows());
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    set_offsets(piece, 0);
+    sync_group();
+    copy_pages(piece, 1);
+    copy_tiles(piece, 0);
+    if (threadIdx.x == 0) find_item(memory_.next_item);
+    if (threadIdx.x % 32 == 0) {
+      memory_.ranges[threadIdx.x / 32] = warp_range(p_, g_, item, first_row(), Traits::kWarpRows);
+    }
+    rows_.clear();
+  }
+
+  __device__ __forceinline__ void attend(const ManyRowsItem& item) {
+    const WorkPiece& piece = item.piece;
+#pragma unroll 1
+    for (int n = 0; has_tile(piece, n); ++n) {
+      const int stage = n % kTileStages;
+      ptx::cp_async_wait<0>();
+      set_offsets(piece, n + 1);
+      sync_group();
+      copy_pages(piece, n + 2);
+      if constexpr (Traits::kIsFp8Cache) {
+        widen_tile<Traits, true>(group().k[stage], group().k_wide);
+        widen_tile<Traits, false>(group().v[stage], group().v_wide);
+      }
+      if (has_tile(piece, n + 1)) copy_tiles(piece, n + 1);
+      if constexpr (Traits::kIsFp8Cache) sync_group();
+      const int begin = piece.tokens.begin + n * kTokens;
+      const WarpRange& range = memory_.ranges[fresh_thread() / 32];
+      if (begin < range.some.end && begin + kTokens > range.some.begin) {
+        const uint8_t* k = Traits::kIsFp8Cache ? group().k_wide : group().k[stage];
+        ScoreTile<Traits> s;
+        multiply_keys<Traits>(ptx::shared_address(warp_rows()), ptx::shared_address(k), s);
+        if (!item.is_scale_only) transform_logits<Traits>(p_, g_, item, first_row(), begin, s);
+        if (begin < range.all.begin || begin + kTokens > range.all.end) {
+          mask_logits<Traits>(p_, g_, item, first_row(), begin, s);
+        }
+        update_softmax<Traits>(s, item.is_scale_only ? item.scale : 1.f, rows_);
+        const uint8_t* v = Traits::kIsFp8Cache ? group().v_wide : group().v[stage];
+        add_values<Traits>(s, ptx::shared_address(v), rows_.o);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end_item(const ManyRowsItem& item) {
+    // An item without tokens has not waited for its queries, whose place the output takes.
+    ptx::cp_async_wait<0>();
+    __syncwarp();
+    rows_.sum_rows();
+    const WorkPiece& piece = item.piece;
+    if (piece.whole()) {
+      write_output<Traits>(p_, g_, item, first_row(), rows_, warp_rows());
+      return;
+    }
+    const bool is_at_tail = piece.tokens.begin == piece.item.begin;
+    write_partial<Traits>(PartialItem<Traits>(p_, fresh_block(), is_at_tail), piece.num_rows,
+                          first_row(), rows_);
+    const PlanView plan = this->plan();
+    const LinePosition* starts = plan.starts[kManyRows];
+    const KvRange workers = item_workers(piece, starts, gridDim.x, fresh_block());
+    int num_parts = 0;
+    for (int w = workers.begin; w < workers.end; ++w) {
+      const KvRange part = worker_tokens(piece, starts, w);
+      num_parts += part.begin < part.end;
+    }
+    if (finish_part(plan.finished[kManyRows] + workers.begin, num_parts, &memory_.is_last_holder)) {
+      merge_parts<Traits>(p_, g_, item, starts, workers);
+    }
+  }
+
+  const AttentionParams& p_;
+  const WorkGeometry& g_;
+  Memory& memory_;
+  RowStates<Traits> rows_;
+};
+
+// Grid: one CTA per worker of the plan. Dynamic shared memory: sizeof(ManyRowsMemory<Traits>).
+template <class Traits>
+__global__ void __launch_bounds__(kManyRowsThreads, 1)
+    many_rows_kernel(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  ptx::grid_dependency_wait();
+  auto& memory = *reinterpret_cast<ManyRowsMemory<Traits>*>(shared_memory);
+  ManyRowsWorker<Traits>(p, memory).run();
+  ptx::grid_dependency_launch();
+}
+
+}  // namespace fi

@@ -1,0 +1,70 @@
+// Choose the tile of the many-row kernel for the device, and launch it.
+#pragma once
+
+#include <fi_backend/attention/many_rows_launch.h>
+
+#include <fi_backend/attention/many_rows.cuh>
+#include <fi_backend/common/launch.cuh>
+
+namespace fi {
+
+inline constexpr int kLargeSharedMemory = 227 * 1024;  // a block's, on sm_90 and sm_100
+inline constexpr int kSmallSharedMemory = 99 * 1024;   // on sm_86, sm_89 and sm_120
+
+template <class Q, class Kv, class Out, int kHeadDimQk, int kHeadDimVo>
+struct ManyRowsKernels {
+  template <int kTokens, int kGroups>
+  using Traits = ManyRowsTraits<Q, Kv, Out, kHeadDimQk, kHeadDimVo, kTokens, kGroups>;
+  template <int kTokens, int kGroups>
+  static constexpr int kBytes = int(sizeof(ManyRowsMemory<Traits<kTokens, kGroups>>));
+
+  // The largest tile that fits; more tokens would not leave a warp the registers for their scores.
+  template <int kGroups>
+  static constexpr int tokens_that_fit(int bytes) {
+    return kBytes<64, kGroups> <= bytes ? 64 : kBytes<32, kGroups> <= bytes ? 32 : 16;
+  }
+  static constexpr int kLarge = tokens_that_fit<2>(kLargeSharedMemory);
+  static constexpr int kSmall = tokens_that_fit<1>(kSmallSharedMemory);
+  static_assert(kBytes<kSmall, 1> <= kSmallSharedMemory, "no tile fits");
+
+  using Kernel = void (*)(const AttentionParams);
+  struct Choice {
+    Kernel kernel;
+    int shared_bytes;
+  };
+
+  // Set up the kernel for the current device; once per thread and device.
+  static cudaError_t choose(Choice& choice) {
+    thread_local int prepared_device = -1;
+    thread_local Choice prepared = {};
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    if (device != prepared_device) {
+      int max_bytes = 0;
+      error = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      if (error != cudaSuccess) return error;
+      prepared = max_bytes >= kBytes<kLarge, 2>
+                     ? Choice{many_rows_kernel<Traits<kLarge, 2>>, kBytes<kLarge, 2>}
+                     : Choice{many_rows_kernel<Traits<kSmall, 1>>, kBytes<kSmall, 1>};
+      error = cudaFuncSetAttribute(prepared.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   prepared.shared_bytes);
+      if (error != cudaSuccess) return error;
+      prepared_device = device;
+    }
+    choice = prepared;
+    return cudaSuccess;
+  }
+
+  static cudaError_t run(const AttentionParams& params, int32_t num_reqs, int32_t num_workers,
+                         bool enable_pdl, cudaStream_t stream) {
+    if (num_reqs == 0) return cudaSuccess;
+    Choice choice;
+    const cudaError_t error = choose(choice);
+    if (error != cudaSuccess) return error;
+    return launch(choice.kernel, num_workers, dim3(kManyRowsThreads), choice.shared_bytes, stream,
+                  enable_pdl, params);
+  }
+};
+
+}  // namespace fi

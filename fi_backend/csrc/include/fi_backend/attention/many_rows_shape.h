@@ -1,0 +1,25 @@
+// Sizes of the many-row CUDA kernel that its host code needs too.
+#pragma once
+
+#include <fi_backend/attention/workspace.h>
+
+namespace fi {
+
+// A worker holds parts of two items at most: one it takes over at the head of its share of the line
+// (end 0), and one it leaves unfinished at the tail (end 1). The state of a part is values
+// [tile rows, head_dim_vo], not normalised, then (maximum logit, sum of weights) per row.
+struct ManyRowsPartials {
+  int32_t tile_rows;
+  int32_t head_dim_vo;
+
+  static constexpr int kEnds = 2;
+
+  FI_HOST_DEVICE constexpr int64_t offset(int64_t worker, int end) const {
+    return (worker * kEnds + end) * tile_rows * (head_dim_vo + kPartialTail);
+  }
+  FI_HOST_DEVICE constexpr int64_t floats(int64_t num_workers) const {
+    return offset(num_workers, 0);
+  }
+};
+
+}  // namespace fi

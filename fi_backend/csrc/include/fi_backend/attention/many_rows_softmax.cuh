@@ -1,0 +1,190 @@
+// From scores to weights, for the rows of one warp: logits, masks, online softmax in base 2.
+#pragma once
+
+#include <fi_backend/attention/many_rows_loads.cuh>
+#include <fi_backend/attention/many_rows_products.cuh>
+#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/math.cuh>
+
+namespace fi {
+
+// Grow a maximum only when weights would exceed 2^kMaxSlack: a weight may be above 1 as well as
+// below, and most tiles then leave O alone.
+inline constexpr float kMaxSlack = 8.f;
+
+// Rows m, h of a lane are 16 * m + 8 * h + lane / 4 of its warp. o is not normalised; sum counts
+// this lane's columns alone until sum_rows().
+template <class Traits>
+struct RowStates {
+  OutputTile<Traits> o;
+  float max[Traits::kRowBlocks][2];
+  float sum[Traits::kRowBlocks][2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        max[m][h] = minus_infinity();
+        sum[m][h] = 0.f;
+      }
+#pragma unroll
+      for (int j = 0; j < Traits::kVo / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[m][j][e] = 0.f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void sum_rows() {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum[m][h] = sum_over_lanes(sum[m][h], 4);
+    }
+  }
+};
+
+// The first token of a tile whose scores this lane holds; the others are at known distances.
+__device__ __forceinline__ int lane_token(int first_token) {
+  return first_token + fresh_thread() % 4 * 2;
+}
+
+// Call fn(row, distance, x) for every score x of this lane, row by row. Rows that do not exist do
+// as the last one does. first_row: of the warp, in the tile.
+template <class Traits, class Fn>
+__device__ __forceinline__ void for_each_score(const AttentionParams& p, const WorkGeometry& g,
+                                               const ManyRowsItem& item, int first_row,
+                                               ScoreTile<Traits>& s, const Fn& fn) {
+  const int lane = fresh_thread() % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Registers are full of scores and outputs: load for one row at a time.
+      asm volatile("" ::: "memory");
+      const int i = first_row + 16 * m + 8 * h + lane / 4;
+      const LogitRow row = tile_row(p, g, item, min(i, item.piece.num_rows - 1));
+#pragma unroll
+      for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) fn(row, 8 * j + e, s[m][j][2 * h + e]);
+      }
+    }
+  }
+}
+
+// Turn scores into logits: LogitTransform's steps, one after the other over all scores, because
+// what a row needs to know about itself takes registers.
+template <class Traits>
+__device__ __forceinline__ void transform_logits(const AttentionParams& p, const WorkGeometry& g,
+                                                 const ManyRowsItem& item, int first_row,
+                                                 int first_token, ScoreTile<Traits>& s) {
+  const float cap = p.soft_cap * kLog2e;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& x = s[m][j][e];
+        x *= item.scale;
+        if (cap != 0.f) x = soft_cap_tanh(x) * cap;
+      }
+    }
+  }
+  if (p.alibi_slopes == nullptr) return;
+  const int token = lane_token(first_token);
+  for_each_score<Traits>(p, g, item, first_row, s,
+                         [&](const LogitRow& row, int distance, float& x) {
+                           x += row.slope * static_cast<float>(token + distance - row.position);
+                         });
+}
+
+// Put -inf where a row does not see a token, or where the piece has none.
+template <class Traits>
+__device__ __forceinline__ void mask_logits(const AttentionParams& p, const WorkGeometry& g,
+                                            const ManyRowsItem& item, int first_row,
+                                            int first_token, ScoreTile<Traits>& s) {
+  const int token = lane_token(first_token);
+  const int end = item.piece.tokens.end - token;
+  if (p.custom_mask == nullptr) {
+    for_each_score<Traits>(
+        p, g, item, first_row, s, [&](const LogitRow& row, int distance, float& x) {
+          if (distance < row.begin - token || distance >= min(row.end - token, end)) {
+            x = minus_infinity();
+          }
+        });
+    return;
+  }
+  const LogitTransform mask = make_logit_transform(p, item.piece);
+  for_each_score<Traits>(p, g, item, first_row, s,
+                         [&](const LogitRow& row, int distance, float& x) {
+                           if (distance >= end || !mask.sees(row, token + distance))
+                             x = minus_infinity();
+                         });
+}
+
+// Turn s, times a positive scale the base-2 logits of a tile, into weights and update the rows.
+template <class Traits>
+__device__ __forceinline__ void update_softmax(ScoreTile<Traits>& s, float scale,
+                                               RowStates<Traits>& rows) {
+  constexpr int kColumns = Traits::kTokens / 8;
+  float top[Traits::kRowBlocks][2];
+  bool grows = false;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
+#pragma unroll
+      for (int j = 1; j < kColumns; ++j) {
+        highest = fmaxf(highest, fmaxf(s[m][j][2 * h], s[m][j][2 * h + 1]));
+      }
+      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
+      top[m][h] = highest * scale;
+      grows |= top[m][h] > rows.max[m][h] + kMaxSlack;
+    }
+  }
+  if (__any_sync(kFullWarp, grows)) {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float old_max = rows.max[m][h];
+        const float new_max = fmaxf(old_max, top[m][h]);
+        // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
+        const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);
+        rows.max[m][h] = new_max;
+        rows.sum[m][h] *= factor;
+#pragma unroll
+        for (int j = 0; j < Traits::kVo / 8; ++j) {
+          rows.o[m][j][2 * h] *= factor;
+          rows.o[m][j][2 * h + 1] *= factor;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float max = rows.max[m][h];
+      const float base = max == minus_infinity() ? 0.f : -max;
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[m][j][2 * h + e];
+          x = ptx::exp2_approx(fmaf(x, scale, base));
+          sum += x;
+        }
+      }
+      rows.sum[m][h] += sum;
+    }
+  }
+}
+
+}  // namespace fi

@@ -1,0 +1,235 @@
+"""Run a plan's lines on a CUDA device: specs of the attention modules, and their launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fi_backend.jit import KernelSpec, build, load
+from fi_backend.kernels.dtypes import cpp_type, short_name
+
+__all__ = ["CudaLineKernels", "decode_spec", "line_spec", "load_lines", "prefill_spec"]
+
+_kernels: dict[tuple[str, ...], CudaLineKernels] = {}
+
+
+def line_spec(
+    name: str,
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the CUDA module `name`, such as "decode", for one set of types and head sizes."""
+    dtypes = {"q": q_dtype, "kv": kv_dtype, "out": o_dtype}
+    types = {
+        f"{tensor}_{side}_type": cpp_type(dtype, target)
+        for tensor, dtype in dtypes.items()
+        for side, target in (("device", "cuda"), ("host", "cpu"))
+    }
+    sizes = {"head_dim_qk": head_dim_qk, "head_dim_vo": head_dim_vo}
+    parameters: dict[str, str | int] = {**types, **sizes}
+    names = "_".join(short_name(dtype) for dtype in dtypes.values())
+    return KernelSpec(
+        name=f"{name}_cuda_{names}_d{head_dim_qk}x{head_dim_vo}",
+        target="cuda",
+        templates=(f"{name}_cuda.cu.j2", f"{name}_cuda_binding.cc.j2"),
+        parameters=tuple(sorted(parameters.items())),
+    )
+
+
+def decode_spec(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the few-row kernel.
+
+    Args:
+        q_dtype: float16 or bfloat16.
+        kv_dtype: q_dtype, float8_e4m3fn or float8_e5m2.
+        o_dtype: float32, float16 or bfloat16.
+        head_dim_qk: size of a query or key row, a multiple of 32 up to 256.
+        head_dim_vo: size of a value or output row, a multiple of 32 up to 256.
+    """
+    return line_spec(
+        "decode",
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+    )
+
+
+def prefill_spec(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the many-row kernel.
+
+    Args:
+        q_dtype: float16 or bfloat16.
+        kv_dtype: q_dtype, float8_e4m3fn or float8_e5m2.
+        o_dtype: float32, float16 or bfloat16.
+        head_dim_qk: size of a query or key row, a multiple of 32 up to 256.
+        head_dim_vo: size of a value or output row, a multiple of 32 up to 256.
+    """
+    return line_spec(
+        "prefill",
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+    )
+
+
+class CudaLineKernels:
+    """Loaded attention modules whose kernels are launched one after the other; see `run`."""
+
+    def __init__(self, specs: Sequence[KernelSpec]) -> None:
+        build(specs)
+        modules = [load(spec) for spec in specs]
+        self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
+        self._partial_floats: list[Callable[[int], int]] = [
+            m.get_function("partial_floats") for m in modules
+        ]
+        self._invariant_partial_floats: list[Callable[[int], int]] = [
+            m.get_function("invariant_partial_floats") for m in modules
+        ]
+
+    def partial_floats(self, *, num_workers: int, split: int = 0) -> int:
+        """Count the float32 elements of the workspace `partials`: it grows with workers alone.
+
+        Args:
+            num_workers: thread blocks of the plan.
+            split: as planned. A plan with split > 0 that finds less than this traps.
+        """
+        counts = self._invariant_partial_floats if split > 0 else self._partial_floats
+        return max(int(count(num_workers)) for count in counts)
+
+    def run(
+        self,
+        *,
+        plan_buffer: torch.Tensor,
+        partials: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        qo_indptr: torch.Tensor,
+        kv_lens: torch.Tensor,
+        page_indptr: torch.Tensor | None = None,
+        page_indices: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
+        request_rows: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        custom_mask: torch.Tensor | None = None,
+        mask_indptr: torch.Tensor | None = None,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
+        sm_scale: float,
+        logits_soft_cap: float = 0.0,
+        window_left: int = -1,
+        causal: bool = False,
+        rope_scale: float = 1.0,
+        rope_theta: float = 0.0,
+        num_workers: int,
+        enable_pdl: bool = False,
+    ) -> None:
+        """Attend for every request of these kernels' lines of the plan, on the current stream.
+
+        All arguments but the last are those of :meth:`LineKernels.run`, with these differences:
+        tensors are on one CUDA device; rows of q, k_cache and v_cache begin at multiples of 16
+        bytes and rows of out at multiples of 4 elements; window_left and causal are those of the
+        plan, which nobody can check here.
+
+        Args:
+            plan_buffer: written by device_plan, or by host_plan for "cuda"; its counters are used.
+            partials: float32 [partial_floats(...)] scratch.
+            q: as there.
+            k_cache: as there.
+            v_cache: as there.
+            out: as there.
+            lse: as there.
+            qo_indptr: as there.
+            kv_lens: as there.
+            page_indptr: as there.
+            page_indices: as there.
+            block_table: as there.
+            request_rows: as there.
+            alibi_slopes: as there.
+            sinks: as there.
+            custom_mask: as there.
+            mask_indptr: as there.
+            k_scale: as there.
+            v_scale: as there.
+            sm_scale: as there.
+            logits_soft_cap: as there.
+            window_left: as there.
+            causal: as there.
+            rope_scale: as there.
+            rope_theta: as there; must be 0 for kernels of the few-row line.
+            num_workers: as planned.
+            enable_pdl: launch as programmatic dependents of the kernel before.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong dtype, shape, alignment or device.
+            RuntimeError: CUDA refuses the launch.
+        """
+        k_scales, k_value = (k_scale, 1.0) if isinstance(k_scale, torch.Tensor) else (None, k_scale)
+        v_scales, v_value = (v_scale, 1.0) if isinstance(v_scale, torch.Tensor) else (None, v_scale)
+        for run in self._runs:
+            run(
+                q,
+                k_cache,
+                v_cache,
+                out,
+                lse,
+                plan_buffer,
+                partials,
+                qo_indptr,
+                kv_lens,
+                page_indptr,
+                page_indices,
+                block_table,
+                request_rows,
+                alibi_slopes,
+                sinks,
+                custom_mask,
+                mask_indptr,
+                k_scales,
+                v_scales,
+                k_value,
+                v_value,
+                sm_scale,
+                logits_soft_cap,
+                window_left,
+                causal,
+                rope_scale,
+                rope_theta,
+                num_workers,
+                enable_pdl,
+            )
+
+
+def load_lines(specs: Sequence[KernelSpec]) -> CudaLineKernels:
+    """Load the modules of `specs`, once per process; compile missing ones in parallel."""
+    key = tuple(spec.name for spec in specs)
+    kernels = _kernels.get(key)
+    if kernels is None:
+        kernels = _kernels[key] = CudaLineKernels(specs)
+    return kernels

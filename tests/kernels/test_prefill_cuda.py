@@ -1,0 +1,223 @@
+"""The many-row CUDA kernel: every semantic, on poisoned caches, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fi_backend import jit
+from fi_backend.kernels import attention_cuda
+from tests.kernels.attention_case import FP8, Case, judge, make_inputs
+from tests.kernels.attention_cuda_case import Load, bits, check, gpu_arguments, run
+from tests.reference import Mask
+
+pytestmark = pytest.mark.gpu
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# Lengths around and past tiles of tokens, rows that see nothing, and one row a request.
+LENGTHS = ((40, 100), (0, 10), (300, 300), (9, 700), (33, 5), (17, 0), (1, 130))
+STEP = Case(LENGTHS, q_dtype=BF16, num_workers=5, many_rows_only=True)
+DIMS = [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)]
+# Every module that the tests use, so that they compile in parallel. The portable path is the same
+# code but for fp8 conversion: its tests need fewer.
+TYPES = [
+    *((BF16, BF16, BF16, dims) for dims in DIMS),
+    (BF16, BF16, F32, (64, 64)),
+    *((q, kv, q, (64, 64)) for q in (BF16, F16) for kv in (q, *FP8) if (q, kv) != (BF16, BF16)),
+    *((BF16, FP8[0], BF16, dims) for dims in DIMS[1:] if dims != (192, 128)),
+]
+
+
+def spec_of(types: tuple[Any, Any, Any, tuple[int, int]], tag: str) -> jit.KernelSpec:
+    spec = attention_cuda.prefill_spec(
+        q_dtype=types[0],
+        kv_dtype=types[1],
+        o_dtype=types[2],
+        head_dim_qk=types[3][0],
+        head_dim_vo=types[3][1],
+    )
+    return replace(spec, name=spec.name + tag)
+
+
+@pytest.fixture(scope="module", params=["native", "compute_80"])
+def load(request: pytest.FixtureRequest) -> Load:
+    """Return a function that loads a case's module.
+
+    "compute_80" is PTX that the driver compiles for the GPU present: the portable path.
+    """
+    tag = "" if request.param == "native" else "_portable"
+    with pytest.MonkeyPatch.context() as patch:
+        if tag:
+            patch.setenv("FI_BACKEND_CUDA_ARCH_LIST", request.param)
+        specs = {types: spec_of(types, tag) for types in TYPES}
+        jit.build(specs.values())
+        kernels = {types: attention_cuda.load_lines((spec,)) for types, spec in specs.items()}
+
+    def of_case(case: Case) -> attention_cuda.CudaLineKernels:
+        kv_dtype, o_dtype = case.kv_dtype or case.q_dtype, case.o_dtype or case.q_dtype
+        return kernels[case.q_dtype, kv_dtype, o_dtype, (case.head_dim_qk, case.head_dim_vo)]
+
+    return of_case
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("num_workers", [1, 2, 7, 132])
+def test_mixed_lengths(load: Load, dtype: torch.dtype, num_workers: int) -> None:
+    check(load, replace(STEP, q_dtype=dtype, num_workers=num_workers))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (5, 1), (6, 2), (24, 1), (20, 1)])
+def test_any_group_size(load: Load, heads: tuple[int, int]) -> None:
+    check(load, Case(((37, 70), (1, 129), (20, 21)), *heads, q_dtype=BF16, many_rows_only=True))
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 256])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+@pytest.mark.parametrize("table", ["block_table", "csr", "rows32", "rows64"])
+def test_page_tables(load: Load, page_size: int, layout: str, table: str) -> None:
+    check(load, replace(STEP, page_size=page_size, layout=layout, table=table))
+
+
+def test_ragged(load: Load) -> None:
+    check(load, replace(STEP, table="ragged"))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(causal=True, window_left=0),
+        Mask(causal=True, window_left=70),
+        Mask(window_left=33),
+        Mask(causal=True, logits_soft_cap=5.0),
+        Mask(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
+        Mask(causal=True, sinks=torch.tensor([0.5, -1.0, 4.0, -20.0])),
+        Mask(
+            causal=True,
+            window_left=50,
+            logits_soft_cap=8.0,
+            sinks=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+            alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        ),
+    ],
+    ids=str,
+)
+def test_masks_and_logits(load: Load, mask: Mask) -> None:
+    check(load, replace(STEP, mask=mask))
+
+
+@pytest.mark.parametrize("window_left", [-1, 100])
+def test_custom_mask(load: Load, window_left: int) -> None:
+    check(load, replace(STEP, custom_mask=True, mask=Mask(window_left=window_left)))
+
+
+@pytest.mark.parametrize("sm_scale", [-0.2, 0.0, 2.0])
+def test_scale_of_any_sign(load: Load, sm_scale: float) -> None:
+    check(load, replace(STEP, sm_scale=sm_scale))
+
+
+def test_logits_that_rise_and_fall(load: Load) -> None:
+    """The running maximum lags behind by design: neither weights nor sums may overflow."""
+    case = Case(((40, 3000),), q_dtype=F16, sm_scale=0.25, mask=Mask())
+    inputs = make_inputs(case)
+    ramp = torch.cat([torch.linspace(0, 6, 1500), torch.linspace(6, 0, 1500)])[:, None, None]
+    inputs.keys[0].copy_(inputs.q[:1, ::2].sign() * ramp)
+    judge(case, inputs, *run(load, case, inputs))
+
+
+@pytest.mark.parametrize("kv_dtype", FP8, ids=str)
+@pytest.mark.parametrize("q_dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_fp8_cache(load: Load, kv_dtype: torch.dtype, q_dtype: torch.dtype, per_head: bool) -> None:
+    k_scale = torch.tensor([0.5, 2.0]) if per_head else 0.25
+    v_scale = torch.tensor([3.0, 0.1]) if per_head else 1.5
+    check(load, replace(STEP, q_dtype=q_dtype, kv_dtype=kv_dtype, k_scale=k_scale, v_scale=v_scale))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8[0]], ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_head_dims(load: Load, dims: tuple[int, int], kv_dtype: torch.dtype | None) -> None:
+    if kv_dtype is not None and dims == (192, 128):
+        pytest.skip("no model has an fp8 cache with these head dims")
+    check(load, replace(STEP, head_dim_qk=dims[0], head_dim_vo=dims[1], kv_dtype=kv_dtype))
+    check(load, Case(((200, 900), (70, 70)), 8, 2, *dims, q_dtype=BF16, kv_dtype=kv_dtype))
+
+
+def test_output_type_differs_from_input(load: Load) -> None:
+    check(load, replace(STEP, o_dtype=F32))
+
+
+def test_64k_context_cut_into_many_parts(load: Load) -> None:
+    """Last arrivers merge parts of dozens of workers."""
+    check(load, Case(((64, 65536), (20, 50)), 4, 1, q_dtype=BF16, num_workers=132))
+
+
+def test_strided_q_out_and_no_lse(load: Load) -> None:
+    inputs = make_inputs(STEP)
+    expected, _ = run(load, STEP, inputs)
+    kernels = load(STEP)
+    arguments = gpu_arguments(kernels, STEP, inputs)
+    rows, heads, dim = arguments["q"].shape
+    wide_q = torch.full((rows, heads + 3, dim + 8), math.nan, dtype=BF16, device="cuda")
+    wide_q[:, :heads, :dim] = arguments["q"]
+    wide_out = torch.full((rows, heads + 1, dim + 4), 9.0, dtype=BF16, device="cuda")
+    wide_out[:, :heads, :dim] = 7
+    arguments.update(q=wide_q[:, :heads, :dim], out=wide_out[:, :heads, :dim], lse=None)
+    kernels.run(**arguments)
+    assert torch.equal(bits(wide_out[:, :heads, :dim].cpu()), bits(expected))
+    assert (wide_out[:, heads:] == 9).all()
+    assert (wide_out[..., dim:] == 9).all()
+
+
+def test_caches_past_2_to_the_31_elements(load: Load) -> None:
+    case = replace(STEP, num_workers=20)
+    kernels = load(case)
+    near = gpu_arguments(kernels, case, make_inputs(case))
+    kernels.run(**near)
+    far = dict(near, out=torch.full_like(near["out"], 7.0))
+    pages, page_size, heads, dim = near["k_cache"].shape
+    first = 2**31 // (page_size * heads * dim) + 5
+    for name in ("k_cache", "v_cache"):
+        far[name] = torch.empty(first + pages, page_size, heads, dim, dtype=BF16, device="cuda")
+        far[name][first:] = near[name]
+    far["block_table"] = near["block_table"] + first
+    kernels.run(**far)
+    assert torch.equal(bits(far["out"]), bits(near["out"]))
+
+
+@pytest.mark.parametrize("split", [-1, 64])
+def test_bits_do_not_depend_on_batch_mates_or_workers(load: Load, split: int) -> None:
+    case = replace(STEP, requests=((300, 700), (40, 64)), split=split)
+    inputs = make_inputs(case)
+    whole, whole_lse = run(load, case, inputs)
+    for num_workers in (1, 3, 132):
+        again, again_lse = run(load, replace(case, num_workers=num_workers), inputs)
+        assert torch.equal(bits(whole), bits(again))
+        assert torch.equal(whole_lse, again_lse)
+    alone, _ = run(load, replace(case, requests=case.requests[:1]), inputs.subset(case, [0]))
+    assert torch.equal(bits(alone[:300]), bits(whole[:300]))
+
+
+def test_same_bits_while_another_stream_disturbs(load: Load) -> None:
+    case = Case(((500, 3000), (33, 40), (90, 700)), 8, 2, 128, 128, q_dtype=BF16, num_workers=132)
+    inputs = make_inputs(case)
+    kernels = load(case)
+    arguments = gpu_arguments(kernels, case, inputs)
+    kernels.run(**arguments)
+    judge(case, inputs, arguments["out"].cpu(), arguments["lse"].cpu())
+    first, first_lse = arguments["out"].clone(), arguments["lse"].clone()
+    noise = torch.randn(2048, 2048, device="cuda")
+    side = torch.cuda.Stream()
+    for i in range(100):
+        with torch.cuda.stream(side):
+            for _ in range(i % 4):
+                noise = noise @ noise * 1e-3
+        arguments["out"].fill_(7)
+        arguments["lse"].fill_(7)
+        kernels.run(**arguments, enable_pdl=i % 2 == 1)
+        assert torch.equal(bits(arguments["out"]), bits(first))
+        assert torch.equal(arguments["lse"], first_lse)
