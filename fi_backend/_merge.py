@@ -1,10 +1,15 @@
-"""Merging attention states: what merge_state and its siblings check before the kernel runs."""
+"""Merging attention states: what merge_state and its siblings check before the kernel runs.
+
+CPU and CUDA tensors are served; a call's tensors are all on one device. On CUDA a call only
+launches, on the current stream, and may be captured in a graph once a call with the same dtypes has
+compiled or loaded the kernel.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from fi_backend.checks import check_cpu, check_tensor
+from fi_backend.checks import check_tensor
 from fi_backend.kernels import merge as kernel
 from fi_backend.torch_ops import register, runs_directly
 
@@ -55,19 +60,9 @@ _merge_states = register(
 )
 
 
-def _check_pair(
-    operation: str, v: torch.Tensor, s: torch.Tensor, names: tuple[str, str], rank: int
-) -> None:
+def _check_pair(v: torch.Tensor, s: torch.Tensor, names: tuple[str, str], rank: int) -> None:
     check_tensor(names[0], v, shape=(None,) * rank, dtype=_STATE_DTYPES, last_dim_contiguous=True)
-    check_cpu(operation, v.device)
-    check_tensor(
-        names[1],
-        s,
-        shape=tuple(v.shape[:-1]),
-        dtype=torch.float32,
-        device=v.device,
-        last_dim_contiguous=True,
-    )
+    check_tensor(names[1], s, shape=tuple(v.shape[:-1]), dtype=torch.float32, device=v.device)
 
 
 def _check_same(name: str, other: torch.Tensor, to: str, v: torch.Tensor) -> None:
@@ -93,8 +88,8 @@ def merge_state(
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it.
     """
-    _check_pair("merge_state", v_a, s_a, ("v_a", "s_a"), 3)
-    _check_pair("merge_state", v_b, s_b, ("v_b", "s_b"), 3)
+    _check_pair(v_a, s_a, ("v_a", "s_a"), 3)
+    _check_pair(v_b, s_b, ("v_b", "s_b"), 3)
     _check_same("v_b", v_b, "v_a", v_a)
     v = torch.empty(v_a.shape, dtype=v_a.dtype, device=v_a.device)
     s = torch.empty(s_a.shape, dtype=torch.float32, device=v_a.device)
@@ -121,14 +116,14 @@ def merge_state_in_place(
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it.
     """
-    _check_pair("merge_state_in_place", v, s, ("v", "s"), 3)
-    _check_pair("merge_state_in_place", v_other, s_other, ("v_other", "s_other"), 3)
+    _check_pair(v, s, ("v", "s"), 3)
+    _check_pair(v_other, s_other, ("v_other", "s_other"), 3)
     _check_same("v_other", v_other, "v", v)
     if mask is not None:
         check_tensor(
             "mask", mask, shape=(v.shape[0],), dtype=(torch.bool, torch.uint8), device=v.device
         )
-        mask = mask.to(torch.bool)
+        mask = mask.view(torch.bool)  # the kernel takes any nonzero byte for True
     directly = runs_directly("merge_state_in_place", v=v, s=s, v_other=v_other, s_other=s_other)
     run = _merge_state_in_place.direct if directly else _merge_state_in_place.traced
     run(v, s, v_other, s_other, mask)
@@ -148,7 +143,7 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it.
     """
-    _check_pair("merge_states", v, s, ("v", "s"), 4)
+    _check_pair(v, s, ("v", "s"), 4)
     rows, _, heads, head_dim = v.shape
     v_out = torch.empty((rows, heads, head_dim), dtype=v.dtype, device=v.device)
     s_out = torch.empty((rows, heads), dtype=torch.float32, device=v.device)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from fi_backend.checks import check_tensor
 from fi_backend.kernels import append_kv as kernel
 from fi_backend.torch_ops import register
 
 __all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS"]
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def _append_slots(
@@ -60,12 +63,44 @@ def _batch_positions(
     batch_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
+    if append_indptr.is_cuda:
+        _batch_positions_cuda(append_indptr, seq_lens, batch_indices, positions)
+        return
     kernel.batch_positions(
         append_indptr=append_indptr,
         seq_lens=seq_lens,
         batch_indices=batch_indices,
         positions=positions,
     )
+
+
+def _batch_positions_cuda(
+    append_indptr: torch.Tensor,
+    seq_lens: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Search every row's request, with torch's operators: nothing waits for the device."""
+    device, num_rows = append_indptr.device, batch_indices.shape[0]
+    check_tensor("append_indptr", append_indptr, shape=(None,), dtype=_INDEX_DTYPES)
+    num_requests = append_indptr.shape[0] - 1
+    if num_requests < 0:
+        raise ValueError("append_indptr must have shape [num_requests + 1]; got [0]")
+    check_tensor("seq_lens", seq_lens, shape=(num_requests,), dtype=_INDEX_DTYPES, device=device)
+    for name, out in (("batch_indices", batch_indices), ("positions", positions)):
+        check_tensor(name, out, shape=(num_rows,), dtype=torch.int32, device=device)
+    if num_requests == 0:
+        batch_indices.fill_(-1)
+        positions.zero_()
+        return
+    rows = torch.arange(num_rows, dtype=append_indptr.dtype, device=device)
+    # Of the requests that begin at or before a row, the last one; those without rows are passed.
+    request = torch.searchsorted(append_indptr.contiguous(), rows, right=True) - 1
+    has_request = (request >= 0) & (request < num_requests)
+    known = request.clamp(0, num_requests - 1)
+    position = seq_lens[known] - append_indptr[known + 1] + rows
+    batch_indices.copy_(torch.where(has_request, request, -1))
+    positions.copy_(torch.where(has_request, position, 0))
 
 
 APPEND_SLOTS = register(

@@ -1,4 +1,10 @@
-"""Appending to a paged KV cache, with FlashInfer's calls and by slots, as engines do it."""
+"""Appending to a paged KV cache, with FlashInfer's calls and by slots, as engines do it.
+
+CPU and CUDA tensors are served; a call's tensors are all on one device. On CUDA a call only
+launches, on the current stream, and may be captured in a graph once a call with the same dtypes has
+compiled or loaded the kernel. It never waits for the device, so no value in a tensor raises an
+error: rows without a place in the cache are skipped, where the CPU refuses the call.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +34,8 @@ def append_to_cache(
 ) -> None:
     """Write new K and V rows to the slots of a paged cache.
 
-    The number of tokens is that of `slot_mapping`: further rows of key and value are ignored.
-    Nothing is written if an argument is wrong.
+    The number of tokens is that of `slot_mapping`: further rows of key and value are ignored, and
+    slots without a row must be negative. Nothing is written if an argument is wrong.
 
     Args:
         key: [num_rows, num_kv_heads, head_dim_qk]; float32, float16, bfloat16, or the fp8 dtype
@@ -47,7 +53,7 @@ def append_to_cache(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
         ValueError: a shape, stride or device is not allowed, a slot is outside the cache, or a
-            scale is not above 0.
+            scale is not above 0. (On CUDA slots, and scales in tensors, are not looked at.)
     """
     k_cache, v_cache = kv_cache
     if runs_directly(
@@ -89,7 +95,7 @@ def append_paged_kv_cache(
     """Write new K and V rows at positions of their requests.
 
     The page table must already hold the pages of the new tokens. Nothing is written if an argument
-    is wrong. Index tensors are int32 (others are converted).
+    is wrong. Index tensors are int32 (others are converted, into new memory).
 
     Args:
         append_key: [nnz, num_kv_heads, head_dim]; float32, float16, bfloat16, or the fp8 dtype of
@@ -108,6 +114,7 @@ def append_paged_kv_cache(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
         ValueError: a shape, stride or device is not allowed, or a row has no place in the cache.
+            (On CUDA such a row is skipped.)
     """
     if kv_layout not in _LAYOUTS:
         raise ValueError(f"kv_layout must be one of {', '.join(_LAYOUTS)}; got {kv_layout!r}")
@@ -237,7 +244,8 @@ def get_batch_indices_positions(
         append_indptr: int32 or int64 [num_requests + 1]; request b appends rows ``indptr[b]`` to
             ``indptr[b + 1]``.
         seq_lens: int32 or int64 [num_requests], lengths that include the appended tokens.
-        nnz: number of rows; those that no request owns get batch index -1 and position 0.
+        nnz: number of rows; those that no request owns get batch index -1 and position 0. On CUDA
+            the rest of `append_indptr` past it is ignored.
         batch_indices: int32 [nnz], where the result goes. None: a new tensor.
         positions: int32 [nnz], likewise.
 
@@ -247,7 +255,8 @@ def get_batch_indices_positions(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
         ValueError: `append_indptr` decreases or exceeds `nnz`, a sequence is shorter than what it
-            appends, or a shape is not allowed.
+            appends, or a shape is not allowed. (On CUDA values are not looked at; where lengths
+            are too short positions are negative.)
     """
     directly = runs_directly(
         "get_batch_indices_positions", append_indptr=append_indptr, seq_lens=seq_lens

@@ -18,6 +18,19 @@ __all__ = ["Op", "register", "runs_directly"]
 _library = torch.library.Library("fi_backend", "FRAGMENT")
 # Subclasses (fake tensors among them) have no memory that a kernel could read.
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+# Operations that have CUDA kernels; the others refuse CUDA tensors.
+_ON_CUDA = frozenset(
+    {
+        "append_paged_kv_cache",
+        "append_paged_mla_kv_cache",
+        "append_to_cache",
+        "attention",
+        "get_batch_indices_positions",
+        "merge_state",
+        "merge_state_in_place",
+        "merge_states",
+    }
+)
 
 
 class Op(NamedTuple):
@@ -56,7 +69,9 @@ def runs_directly(operation: str, /, **tensors: torch.Tensor) -> bool:
         UnsupportedError: one of them is on a device that has no kernels yet.
     """
     for tensor in tensors.values():
-        if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN_TYPES or not (
+            tensor.is_cpu or (tensor.is_cuda and operation in _ON_CUDA)
+        ):
             return _needs_no_memory(operation, tensors)
     return not torch.compiler.is_compiling()
 
@@ -68,7 +83,10 @@ def _needs_no_memory(operation: str, tensors: dict[str, torch.Tensor]) -> bool:
                 f"fi_backend: {operation}: {name} must be a torch.Tensor; "
                 f"got {type(tensor).__name__}"
             )
-        if tensor.device.type not in ("cpu", "meta"):
+        device_type = tensor.device.type
+        if device_type not in ("cpu", "meta") and not (
+            device_type == "cuda" and operation in _ON_CUDA
+        ):
             raise UnsupportedError(
                 f"fi_backend: {operation}: {tensor.device.type.upper()} tensors are not supported "
                 f"yet by this version; got {name} on device={tensor.device}, expected cpu"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.dtypes import cpp_type, short_name
+from fi_backend.kernels import append_kv, attention_cuda, device_plan, merge
+from fi_backend.kernels.functions import cuda_spec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -16,35 +19,55 @@ APPEND_DTYPES = [(BF16, BF16), (F16, E4M3), (BF16, E5M2)]
 RMSNORM_DTYPES = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, E4M3)]
 
 
-def _spec(
-    kernel: str, second: str, dtypes: tuple[torch.dtype, torch.dtype], tag: str
-) -> KernelSpec:
-    parameters = {
-        f"{name}_{side}_type": cpp_type(dtype, target)
-        for name, dtype in zip(("in", second), dtypes, strict=True)
-        for side, target in (("device", "cuda"), ("host", "cpu"))
-    }
-    return KernelSpec(
-        name=f"{kernel}_cuda_{short_name(dtypes[0])}_{short_name(dtypes[1])}{tag}",
-        target="cuda",
-        templates=(f"{kernel}_cuda.cu.j2", f"{kernel}_cuda_binding.cc.j2"),
-        parameters=tuple(sorted(parameters.items())),
-    )
-
-
 def merge_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
     """Return the merge module of (input, output) dtypes; `tag` tells equal modules apart."""
-    return _spec("merge", "out", dtypes, tag)
+    spec = merge.merge_cuda_spec(*dtypes)
+    return replace(spec, name=spec.name + tag)
 
 
 def append_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
     """Return the append module of (new rows, cache) dtypes."""
-    return _spec("append", "cache", dtypes, tag)
+    spec = append_kv.append_cuda_spec(*dtypes)
+    return replace(spec, name=spec.name + tag)
 
 
 def rmsnorm_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
     """Return the RMS norm module of (input, output) dtypes."""
-    return _spec("rmsnorm", "out", dtypes, tag)
+    spec = cuda_spec("rmsnorm", {"in": dtypes[0], "out": dtypes[1]})
+    return replace(spec, name=spec.name + tag)
+
+
+def decode_spec(
+    dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
+) -> KernelSpec:
+    """Return the few-row attention module of (q and output, cache) dtypes."""
+    spec = attention_cuda.decode_spec(
+        q_dtype=dtypes[0],
+        kv_dtype=dtypes[1],
+        o_dtype=dtypes[0],
+        head_dim_qk=dims[0],
+        head_dim_vo=dims[1],
+    )
+    return replace(spec, name=spec.name + tag)
+
+
+def prefill_spec(
+    dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
+) -> KernelSpec:
+    """Return the many-row attention module of (q and output, cache) dtypes."""
+    spec = attention_cuda.prefill_spec(
+        q_dtype=dtypes[0],
+        kv_dtype=dtypes[1],
+        o_dtype=dtypes[0],
+        head_dim_qk=dims[0],
+        head_dim_vo=dims[1],
+    )
+    return replace(spec, name=spec.name + tag)
+
+
+def plan_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:
+    """Return the device planner's module, which no dtype changes."""
+    return replace(device_plan.plan_spec(), name=f"plan_cuda{tag}")
 
 
 def all_specs(tag: str = "") -> list[KernelSpec]:
@@ -53,6 +76,7 @@ def all_specs(tag: str = "") -> list[KernelSpec]:
         *(merge_spec(dtypes, tag) for dtypes in MERGE_DTYPES),
         *(append_spec(dtypes, tag) for dtypes in APPEND_DTYPES),
         *(rmsnorm_spec(dtypes, tag) for dtypes in RMSNORM_DTYPES),
+        plan_spec(tag=tag),
     ]
 
 

@@ -1,103 +1,17 @@
-"""Merging attention states, and attention over shared prefixes, with FlashInfer's calls."""
+"""Attention over shared prefixes, with FlashInfer's calls."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from wrapper_cases import Case, assert_state, int32, make_case, workspace
+from wrapper_cases import Case, int32, make_case, workspace
 
 import fi_backend as fi
 from fi_backend.errors import UnsupportedError
 
 F32 = torch.float32
-BF16 = torch.bfloat16
-
-
-def merged(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge v [rows, states, heads, dim] and s [rows, states, heads] in float64."""
-    v, s = v.double(), s.double()
-    lse = torch.logsumexp(s * math.log(2), dim=1) / math.log(2)
-    weights = torch.exp2(s - lse[:, None]).nan_to_num(0.0)
-    values = torch.where(weights[..., None] > 0, v * weights[..., None], 0.0)
-    return values.sum(1), lse
-
-
-def states(rows: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random states, some of them empty: those hold garbage values, which must not matter."""
-    v, s = torch.randn(rows, count, 3, 64).to(dtype), torch.randn(rows, count, 3) * 4
-    empty = torch.rand(rows, count, 3) < 0.3
-    empty[0] = True
-    return v.masked_fill(empty[..., None], math.nan), s.masked_fill(empty, -math.inf)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_merge_state(dtype: torch.dtype) -> None:
-    v, s = states(9, 2, dtype)
-    before = v.clone(), s.clone()
-    got = fi.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1])
-    assert got[0].dtype == dtype
-    assert_state(got, merged(v, s))
-    assert torch.equal(before[0].nan_to_num(), v.nan_to_num())
-    assert torch.equal(before[1], s)
-
-
-@pytest.mark.parametrize("use_mask", [False, True])
-def test_merge_state_in_place(use_mask: bool) -> None:
-    v, s = states(9, 2, F32)
-    mask = torch.rand(9) < 0.5 if use_mask else None
-    ours_v, ours_s = v[:, 0].clone(), s[:, 0].clone()
-    fi.merge_state_in_place(ours_v, ours_s, v[:, 1], s[:, 1], mask)
-    rows = torch.ones(9, dtype=torch.bool) if mask is None else mask
-    out, lse = merged(v, s)
-    assert_state((ours_v[rows], ours_s[rows]), (out[rows], lse[rows]))
-    assert torch.equal(ours_v[~rows].nan_to_num(7.0), v[:, 0][~rows].nan_to_num(7.0))
-    assert torch.equal(ours_s[~rows], s[:, 0][~rows])
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_merge_states(count: int) -> None:
-    v, s = states(9, count, F32)
-    assert_state(fi.merge_states(v, s), merged(v, s))
-
-
-def test_merges_are_torch_ops() -> None:
-    """Compiled code calls them as one graph, and opcheck finds their schemas true."""
-    v, s = torch.randn(5, 2, 3, 64), torch.randn(5, 2, 3)
-    pair = (v[:, 0].clone(), s[:, 0].clone(), v[:, 1].clone(), s[:, 1].clone())
-    ops = torch.ops.fi_backend
-    torch.library.opcheck(ops.merge_state, (*pair, *(torch.empty_like(x) for x in pair[:2])))
-    torch.library.opcheck(ops.merge_state_in_place, (*pair, torch.ones(5, dtype=torch.bool)))
-    torch.library.opcheck(ops.merge_states, (v, s, *(torch.empty_like(x) for x in pair[:2])))
-
-    def both(*states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = fi.merge_state(*states)
-        fi.merge_state_in_place(out, lse, *states[2:])
-        return out, lse
-
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*pair), both(*pair), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_merge_refuses() -> None:
-    v, s = torch.zeros(5, 3, 64), torch.zeros(5, 3)
-    with pytest.raises(ValueError, match=r"s_a must have shape \[5, 3\]"):
-        fi.merge_state(v, s[:4], v, s)
-    with pytest.raises(TypeError, match=r"s_b must have dtype torch\.float32"):
-        fi.merge_state(v, s, v, s.double())
-    with pytest.raises(ValueError, match=r"v_b must be like v_a, torch\.float32 \[5, 3, 64\]"):
-        fi.merge_state(v, s, v[..., :32], s)
-    with pytest.raises(ValueError, match="v must have stride 1"):
-        fi.merge_state_in_place(torch.zeros(5, 3, 64, 2)[..., 0], s, v, s)
-    with pytest.raises(ValueError, match=r"mask must have shape \[5\]"):
-        fi.merge_state_in_place(v, s, v, s, torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"v must have shape \[\*, \*, \*, \*\]"):
-        fi.merge_states(v, s)
-    with pytest.raises(UnsupportedError, match="not supported yet by this version"):
-        fi.merge_state(*(x.to("meta") for x in (v, s, v, s)))
 
 
 def cascade_case(shared: int, own: list[int], qo_lens: list[int], **kwargs: Any) -> Case:

@@ -1,16 +1,40 @@
-"""fi_backend.page: every cache layout and dtype, skipped rows, and refusals that write nothing."""
+"""fi_backend.page: every cache layout and dtype, skipped rows, graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
+from page_cases import (
+    CACHE_DTYPES,
+    FLOATS,
+    FP8,
+    HEADS,
+    PAGE_SIZE,
+    PAGES,
+    QK,
+    make_cache,
+    new_rows,
+    paged_case,
+)
 
 import fi_backend
+from fi_backend import jit
+from fi_backend.kernels.append_kv import append_cuda_spec
 
-HEADS, QK, VO = 3, 20, 12
-PAGES, PAGE_SIZE = 7, 4
-FP8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *FP8)
+on_cuda = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cuda_kernels() -> None:
+    """Compile what the CUDA cases load, in parallel."""
+    if torch.cuda.is_available():
+        dtypes = [*product(FLOATS, CACHE_DTYPES), *((fp8, fp8) for fp8 in FP8)]
+        jit.build([append_cuda_spec(*pair) for pair in dtypes])
 
 
 def same(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -27,33 +51,14 @@ def stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | float) -> 
     """What a cache of `dtype` holds for x."""
     if dtype not in FP8 or x.dtype == dtype:
         return x.to(dtype)
+    scale = torch.as_tensor(scale, dtype=torch.float32)  # CUDA would multiply by 1 / a number
     return (x.float() / scale).clamp(-FP8[dtype], FP8[dtype]).to(dtype)
-
-
-def make_cache(memory: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k, v) views [PAGES, PAGE_SIZE, HEADS, dim] of 7-filled memory in some order."""
-
-    def filled(*sizes: int) -> torch.Tensor:
-        return torch.full(sizes, 7.0).to(dtype)
-
-    if memory == "NHD":
-        return filled(PAGES, PAGE_SIZE, HEADS, QK), filled(PAGES, PAGE_SIZE, HEADS, VO)
-    if memory == "HND":
-        k, v = filled(PAGES, HEADS, PAGE_SIZE, QK), filled(PAGES, HEADS, PAGE_SIZE, VO)
-        return k.transpose(1, 2), v.transpose(1, 2)
-    both = filled(PAGES, HEADS, PAGE_SIZE, QK + VO)  # a row holds K, then V
-    return both[..., :QK].transpose(1, 2), both[..., QK:].transpose(1, 2)
-
-
-def new_rows(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strided K and V rows, as slices of a projection."""
-    rows = torch.randn(count, HEADS, QK + VO + 5).to(dtype)
-    return rows[..., :QK], rows[..., QK + 5 :]
 
 
 @pytest.mark.parametrize("memory", ["NHD", "HND", "packed"])
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.usefixtures("device")
 def test_append_to_cache(dtype: torch.dtype, cache_dtype: torch.dtype, memory: str) -> None:
     slots = torch.tensor([5, -1, 0, PAGES * PAGE_SIZE - 1, -7, 13])
     key, value = new_rows(8, dtype)  # two rows more than slots
@@ -73,6 +78,7 @@ def test_append_to_cache(dtype: torch.dtype, cache_dtype: torch.dtype, memory: s
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.usefixtures("device")
 def test_fp8_scales_may_be_tensors(dtype: torch.dtype) -> None:
     key, value = new_rows(2, torch.float32)
     key[0, 1, 3] = 1e6  # saturates
@@ -87,6 +93,7 @@ def test_fp8_scales_may_be_tensors(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.usefixtures("device")
 def test_fp8_rows_are_stored_as_they_are(dtype: torch.dtype) -> None:
     key, value = (x.to(dtype) for x in new_rows(2, torch.float32))
     k_cache, v_cache = make_cache("HND", dtype)
@@ -95,15 +102,7 @@ def test_fp8_rows_are_stored_as_they_are(dtype: torch.dtype) -> None:
     assert same(v_cache[0, 2], value[1])
 
 
-def test_fewer_rows_than_slots_need_negative_slots() -> None:
-    key, value = new_rows(2, torch.float32)
-    cache = make_cache("NHD", torch.float32)
-    fi_backend.append_to_cache(key, value, cache, torch.tensor([3, 4, -1, -1]))
-    assert torch.equal(cache[0][0, 3], key[0])
-    with pytest.raises(ValueError, match="entries past the 2 rows of key must be negative"):
-        fi_backend.append_to_cache(key, value, cache, torch.tensor([3, 4, -1, 5]))
-
-
+@pytest.mark.usefixtures("device")
 def test_many_tokens_on_several_threads() -> None:
     key, value = torch.randn(3000, 4, 16), torch.randn(3000, 4, 16)
     slots = torch.randperm(4096)[:3000]
@@ -114,6 +113,7 @@ def test_many_tokens_on_several_threads() -> None:
     assert torch.equal(flat[slots, 1], value)
 
 
+@pytest.mark.usefixtures("device")
 def test_offsets_past_two_to_the_31() -> None:
     """Pages 2^30 elements apart; only the touched parts of the buffer become memory."""
     buffer = torch.empty(2**31 + 2**10, dtype=torch.bfloat16)
@@ -125,17 +125,7 @@ def test_offsets_past_two_to_the_31() -> None:
     assert torch.equal(v_cache[2, 1], value[0])
 
 
-def paged_case() -> tuple[torch.Tensor, ...]:
-    """Three requests of lengths 6, 0 and 3, of which 2, 0 and 3 tokens are new; a padding row."""
-    kv_indptr = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
-    kv_indices = torch.tensor([4, 1, 6, 2**31 - 1], dtype=torch.int32)
-    last_page_len = torch.tensor([2, 0, 3], dtype=torch.int32)
-    seq_lens = fi_backend.get_seq_lens(kv_indptr, last_page_len, PAGE_SIZE)
-    append_indptr = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
-    batch_indices, positions = fi_backend.get_batch_indices_positions(append_indptr, seq_lens, 6)
-    return batch_indices, positions, kv_indices, kv_indptr, last_page_len
-
-
+@pytest.mark.usefixtures("device")
 def test_batch_indices_and_positions() -> None:
     batch_indices, positions, *_ = paged_case()
     assert batch_indices.dtype == positions.dtype == torch.int32
@@ -148,6 +138,7 @@ def test_batch_indices_and_positions() -> None:
     assert given.tolist() == [[-1, 0, 0, -1], [0, 8, 9, 0]]
 
 
+@pytest.mark.usefixtures("device")
 def test_seq_lens() -> None:
     lens = fi_backend.get_seq_lens(torch.tensor([0, 3, 3, 4]), torch.tensor([5, 0, 16]), 16)
     assert lens.tolist() == [37, 0, 16]
@@ -155,6 +146,7 @@ def test_seq_lens() -> None:
 
 @pytest.mark.parametrize("form", ["NHD", "HND", "NHD pair", "HND pair"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.usefixtures("device")
 def test_append_paged_kv_cache(form: str, dtype: torch.dtype) -> None:
     layout = form[:3]
     inner = (PAGE_SIZE, HEADS) if layout == "NHD" else (HEADS, PAGE_SIZE)
@@ -173,6 +165,7 @@ def test_append_paged_kv_cache(form: str, dtype: torch.dtype) -> None:
     assert same(cache, expected)
 
 
+@pytest.mark.usefixtures("device")
 def test_append_paged_mla_kv_cache() -> None:
     ckv, kpe = torch.randn(6, 32).bfloat16(), torch.randn(6, 8).bfloat16()
     ckv_cache = torch.zeros(PAGES, PAGE_SIZE, 32).bfloat16()
@@ -187,91 +180,88 @@ def test_append_paged_mla_kv_cache() -> None:
         assert cache.count_nonzero() == rows[:5].count_nonzero()
 
 
-KEY, VALUE = torch.zeros(2, HEADS, QK), torch.zeros(2, HEADS, VO)
-SLOTS = torch.tensor([0, 1])
+Call = Callable[[], object]
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "changed"),
-    [
-        (TypeError, r"key must be a torch.Tensor; got list", {"key": [1]}),
-        (TypeError, "key: dtype must be float32.*got int32", {"key": KEY.int()}),
-        (TypeError, "value: dtype must be float32, got bfloat16", {"value": VALUE.bfloat16()}),
-        (TypeError, "slot_mapping: dtype must be int32 or int64", {"slot_mapping": SLOTS.float()}),
-        (ValueError, r"value: shape must be \[2, 3, \*\]", {"value": VALUE[:, :2]}),
-        (ValueError, r"key_cache: shape must be \[\*, \*, 3, 16\]", {"key": KEY[..., :16]}),
-        (
-            ValueError,
-            r"slot_mapping: must be below 7 pages \* 4 tokens.*slot_mapping\[1\] = 28",
-            {"slot_mapping": torch.tensor([0, 28])},
-        ),
-        (ValueError, "slot_mapping", {"slot_mapping": torch.tensor([1, 2**40])}),
-        (ValueError, "key: the last dimension must be contiguous", {
-            "key": torch.zeros(2, HEADS, 2 * QK)[..., ::2],
-        }),
-    ],
-)  # fmt: skip
-def test_bad_appends_write_nothing(
-    error: type[Exception], message: str, changed: dict[str, object]
-) -> None:
-    cache = make_cache("NHD", torch.float32)
-    arguments = {"key": KEY, "value": VALUE, "kv_cache": cache, "slot_mapping": SLOTS, **changed}
-    with pytest.raises(error, match=message):
-        fi_backend.append_to_cache(**arguments)
-    assert all(bool((part == 7).all()) for part in cache)
+def appends(tokens: int) -> tuple[Call, Call, list[torch.Tensor], list[torch.Tensor]]:
+    """Both forms on int32 indices: (by slots, by positions, inputs that may change, caches)."""
+    key, value = torch.randn(tokens, 2, 64).bfloat16(), torch.randn(tokens, 2, 64).bfloat16()
+    slots = torch.randperm(64)[:tokens].int()
+    append_indptr, kv_indptr = torch.tensor([0, 3, tokens]).int(), torch.tensor([0, 2, 4]).int()
+    kv_indices, last_page_len = torch.randperm(4).int(), torch.tensor([7, 16]).int()
+    caches = [torch.zeros(4, 2, 16, 2, 64).bfloat16() for _ in range(2)]
+    scale = torch.full((1,), 0.5)
+    batch_indices, positions = torch.empty(2, tokens).int().unbind()
 
+    def by_slots() -> None:
+        pair = (caches[0][:, 0], caches[0][:, 1])
+        fi_backend.append_to_cache(key, value, pair, slots, scale, 2.0)
 
-def test_bad_scales_and_cache_dtypes() -> None:
-    cache = make_cache("NHD", torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="k_scale: must be above 0, got 0"):
-        fi_backend.append_to_cache(KEY, VALUE, cache, SLOTS, k_scale=0.0)
-    with pytest.raises(ValueError, match=r"v_scale: shape must be \[3\], got \[2\]"):
-        fi_backend.append_to_cache(KEY, VALUE, cache, SLOTS, v_scale=torch.ones(2))
-    key, value = KEY.to(torch.float8_e5m2), VALUE.to(torch.float8_e5m2)
-    with pytest.raises(TypeError, match="key_cache: dtype must be that of an fp8 key"):
-        fi_backend.append_to_cache(key, value, cache, SLOTS)
-
-
-@pytest.mark.parametrize(
-    ("message", "changed"),
-    [
-        ("got request 3 and position 0 at index 1", {"batch_indices": [0, 3]}),
-        ("got request 0 and position -1 at index 0", {"positions": [-1, 0]}),
-        ("got request 1 and position 4 at index 1", {"positions": [0, 4], "batch_indices": [0, 1]}),
-        ("must rise .* the size of kv_indices", {"kv_indptr": [0, 2, 3, 9]}),
-        ("must rise .* the size of kv_indices", {"kv_indptr": [0, 2, 1, 3]}),
-        ("7 cached pages, got request 0", {"kv_indices": [7, 1, 6]}),
-        (r"kv_last_page_len must have shape \[3\]", {"kv_last_page_len": [1]}),
-    ],
-)
-def test_bad_positions_write_nothing(message: str, changed: dict[str, list[int]]) -> None:
-    arguments = {
-        "batch_indices": [0, 2],
-        "positions": [0, 0],
-        "kv_indices": [4, 1, 6],
-        "kv_indptr": [0, 2, 3, 3],
-        "kv_last_page_len": [2, 0, 3],
-    }
-    arguments["kv_indptr"] = [0, 1, 2, 3]
-    arguments.update(changed)
-    tensors = {name: torch.tensor(value).int() for name, value in arguments.items()}
-    cache = torch.zeros(PAGES, 2, PAGE_SIZE, HEADS, QK)
-    with pytest.raises(ValueError, match=message):
-        fi_backend.append_paged_kv_cache(
-            torch.ones(2, HEADS, QK), torch.ones(2, HEADS, QK), paged_kv_cache=cache, **tensors
+    def by_positions() -> None:
+        lens = fi_backend.get_seq_lens(kv_indptr, last_page_len, 16)
+        fi_backend.get_batch_indices_positions(
+            append_indptr, lens, tokens, batch_indices, positions
         )
-    assert cache.count_nonzero() == 0
+        table = (kv_indices, kv_indptr, last_page_len)
+        fi_backend.append_paged_kv_cache(key, value, batch_indices, positions, caches[1], *table)
+
+    return by_slots, by_positions, [key, slots, append_indptr, kv_indices, last_page_len], caches
 
 
-def test_bad_ragged_batches() -> None:
-    run = fi_backend.get_batch_indices_positions
-    with pytest.raises(
-        ValueError, match="append_indptr: must rise from 0 or more to at most nnz = 4"
-    ):
-        run(torch.tensor([0, 5]), torch.tensor([9]), 4)
-    with pytest.raises(ValueError, match=r"seq_lens\[0\] = 3 for 4 appended tokens"):
-        run(torch.tensor([0, 4]), torch.tensor([3]), 4)
-    with pytest.raises(ValueError, match=r"positions must have shape \[nnz=4\]; got \[3\]"):
-        run(torch.tensor([0, 4]), torch.tensor([4]), 4, positions=torch.zeros(3).int())
-    with pytest.raises(ValueError, match="kv_layout must be one of NHD, HND; got 'XYZ'"):
-        fi_backend.append_paged_kv_cache(*[KEY] * 8, kv_layout="XYZ")
+@pytest.mark.usefixtures("device")
+def test_compiled_code_is_one_graph() -> None:
+    by_slots, by_positions, _, caches = appends(9)
+    for call, cache in zip((by_slots, by_positions), caches, strict=True):
+        call()
+        expected = cache.clone()
+        cache.zero_()
+        torch.compile(call, fullgraph=True, backend="aot_eager")()
+        assert torch.equal(cache, expected)
+        assert cache.count_nonzero() > 0
+
+
+@on_cuda
+def test_graphs_replay_with_other_values(device: str) -> None:
+    """Captured without a host read; a replay sees new rows, slots, lengths and page tables."""
+    by_slots, by_positions, inputs, caches = appends(9)
+    by_slots()
+    by_positions()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        by_slots()
+        by_positions()
+    inputs[0].copy_(torch.randn(9, 2, 64))
+    inputs[1].copy_(torch.randperm(64)[:9] - 3)
+    inputs[2].copy_(torch.tensor([1, 2, 6]))
+    inputs[3].copy_(torch.tensor([3, 2, 1, 0]))
+    inputs[4].copy_(torch.tensor([16, 5]))
+    for cache in caches:
+        cache.zero_()
+    by_slots()
+    by_positions()
+    expected = [cache.clone() for cache in caches]
+    for cache in caches:
+        assert cache.count_nonzero() > 0
+        cache.zero_()
+    graph.replay()
+    for cache, want in zip(caches, expected, strict=True):
+        assert torch.equal(cache, want)
+
+
+@on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_nothing_waits_for_the_device_or_allocates(device: str) -> None:
+    by_slots, by_positions, *_ = appends(9)
+    by_slots()
+    by_positions()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    by_slots()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        by_slots()
+        by_positions()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

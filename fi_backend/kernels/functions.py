@@ -1,8 +1,8 @@
-"""What the loaders of per-dtype CPU kernels share: their KernelSpec and a memo of functions."""
+"""What the loaders of per-dtype kernels share: their KernelSpecs and a memo of functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from fi_backend import jit
 from fi_backend.jit import KernelSpec
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
-__all__ = ["Functions", "float_spec"]
+__all__ = ["Functions", "cuda_spec", "float_spec"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,6 +30,24 @@ def float_spec(family: str, dtype: torch.dtype) -> KernelSpec:
         target="cpu",
         templates=(f"{family}_cpu.cc.j2",),
         parameters=(("dtype", cpp_type(dtype, "cpu")),),
+    )
+
+
+def cuda_spec(family: str, dtypes: Mapping[str, torch.dtype]) -> KernelSpec:
+    """Describe the CUDA module of `family` for dtypes by the name that its templates give them.
+
+    Template parameters are ``<name>_device_type`` and ``<name>_host_type``.
+    """
+    parameters = {
+        f"{name}_{side}_type": cpp_type(dtype, target)
+        for name, dtype in dtypes.items()
+        for side, target in (("device", "cuda"), ("host", "cpu"))
+    }
+    return KernelSpec(
+        name="_".join((family, "cuda", *map(short_name, dtypes.values()))),
+        target="cuda",
+        templates=(f"{family}_cuda.cu.j2", f"{family}_cuda_binding.cc.j2"),
+        parameters=tuple(sorted(parameters.items())),
     )
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from fi_backend.jit import KernelSpec, load
+from fi_backend.jit import KernelSpec
 from fi_backend.kernels.dtypes import cpp_type, short_name
+from fi_backend.kernels.functions import Functions, cuda_spec
 
-__all__ = ["merge_pair", "merge_spec", "merge_states"]
+__all__ = ["merge_cuda_spec", "merge_pair", "merge_spec", "merge_states"]
 
-_functions: dict[tuple[str, torch.dtype, torch.dtype], Callable[..., Any]] = {}
+# Nothing here lets a caller ask for a programmatic dependent launch.
+_ENABLE_PDL = False
 
 
 def merge_spec(in_dtype: torch.dtype, out_dtype: torch.dtype) -> KernelSpec:
-    """Describe the merge kernels for one pair of value types."""
+    """Describe the CPU module for one pair of value types."""
     return KernelSpec(
         name=f"merge_cpu_{short_name(in_dtype)}_{short_name(out_dtype)}",
         target="cpu",
@@ -28,12 +27,15 @@ def merge_spec(in_dtype: torch.dtype, out_dtype: torch.dtype) -> KernelSpec:
     )
 
 
-def _function(name: str, in_dtype: torch.dtype, out_dtype: torch.dtype) -> Callable[..., Any]:
-    key = (name, in_dtype, out_dtype)
-    function = _functions.get(key)
-    if function is None:
-        function = _functions[key] = load(merge_spec(in_dtype, out_dtype)).get_function(name)
-    return function
+def merge_cuda_spec(in_dtype: torch.dtype, out_dtype: torch.dtype) -> KernelSpec:
+    """Describe the CUDA module for one pair of value types."""
+    return cuda_spec("merge", {"in": in_dtype, "out": out_dtype})
+
+
+_merge_pair = Functions("merge_pair", lambda dtypes: merge_spec(*dtypes))
+_merge_states = Functions("merge_states", lambda dtypes: merge_spec(*dtypes))
+_merge_pair_cuda = Functions("merge_pair", lambda dtypes: merge_cuda_spec(*dtypes))
+_merge_states_cuda = Functions("merge_states", lambda dtypes: merge_cuda_spec(*dtypes))
 
 
 def merge_pair(
@@ -48,6 +50,8 @@ def merge_pair(
 ) -> None:
     """Merge two states per (row, head); v_out and lse_out may be v_a and lse_a.
 
+    On CUDA this is one launch on the current stream.
+
     Args:
         v_a: [num_rows, num_heads, head_dim], last dim contiguous; ignored where lse_a is -inf.
         lse_a: float32 [num_rows, num_heads], base 2.
@@ -60,9 +64,13 @@ def merge_pair(
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape or device.
     """
-    _function("merge_pair", v_a.dtype, v_out.dtype)(
-        v_a, lse_a, v_b, lse_b, v_out, lse_out, mask, torch.get_num_threads()
-    )
+    dtypes = v_a.dtype, v_out.dtype
+    option: int
+    if v_a.is_cuda:
+        run, option = _merge_pair_cuda[dtypes], _ENABLE_PDL
+    else:
+        run, option = _merge_pair[dtypes], torch.get_num_threads()
+    run(v_a, lse_a, v_b, lse_b, v_out, lse_out, mask, option)
 
 
 def merge_states(
@@ -74,6 +82,8 @@ def merge_states(
 ) -> None:
     """Merge num_states states per (row, head), in index order.
 
+    On CUDA this is one launch on the current stream.
+
     Args:
         v: [num_rows, num_states, num_heads, head_dim], last dim contiguous.
         lse: float32 [num_rows, num_states, num_heads], base 2.
@@ -83,4 +93,10 @@ def merge_states(
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape or device.
     """
-    _function("merge_states", v.dtype, v_out.dtype)(v, lse, v_out, lse_out, torch.get_num_threads())
+    dtypes = v.dtype, v_out.dtype
+    option: int
+    if v.is_cuda:
+        run, option = _merge_states_cuda[dtypes], _ENABLE_PDL
+    else:
+        run, option = _merge_states[dtypes], torch.get_num_threads()
+    run(v, lse, v_out, lse_out, option)

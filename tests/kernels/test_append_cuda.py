@@ -132,8 +132,27 @@ def test_nothing_outside_is_written(cuda_module: Any) -> None:
         key, key, cache, value_cache, requests, positions, indices, indptr, *scales
     )
     module.append_slots(key, key, cache, value_cache, slots[:0], *scales)
+    module.append_slots(key[:0], key[:0], cache, value_cache, slots.clamp(0, 3), *scales)
     assert torch.equal(bits(around), before)
     assert torch.equal(bits(value_cache), value_before)
+
+
+def test_page_ids_are_read_only_where_there_are_some(cuda_module: Any) -> None:
+    """Whatever kv_indptr says, ids before and after the vector, valid ones here, are not used."""
+    module = cuda_module(append_spec, (BF16, BF16))
+    key, cache = rows(4, 2, 64, BF16), make_cache(4, 4, 2, 64, BF16, "NHD")
+    before = bits(cache).clone()
+    indices = torch.ones(30, device="cuda").int()[10:12]
+    indptr = torch.tensor([-9, -8, 0, 2, 9], device="cuda").int()
+    requests = torch.tensor([0, 3, 3, 3], device="cuda").int()
+    positions = torch.tensor([0, 0, 4, 27], device="cuda").int()
+    scales = (None, None, 1.0, 1.0, False)
+    module.append_positions(key, key, cache, cache, requests, positions, indices, indptr, *scales)
+    assert torch.equal(bits(cache), before)
+    requests = torch.tensor([-1, -1, -1, 2], device="cuda").int()
+    positions.fill_(7)
+    module.append_positions(key, key, cache, cache, requests, positions, indices, indptr, *scales)
+    assert torch.equal(bits(cache)[1, 3], bits(key)[3])
 
 
 def test_large_offsets_and_slots(cuda_module: Any) -> None:
@@ -166,8 +185,11 @@ def test_errors_name_the_argument(cuda_module: Any) -> None:
         module.append_slots(key, key, cache, cache[:2], slots, *scales)
     with pytest.raises(TypeError, match="slot_mapping: dtype must be int32 or int64, got float32"):
         module.append_slots(key, key, cache, cache, slots.float(), *scales)
+    table = torch.zeros(4, dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="key: must have a row for each of the 4 tokens, got 3"):
-        module.append_slots(key[:3], key[:3], cache, cache, slots, *scales)
+        module.append_positions(key[:3], key[:3], cache, cache, *[table] * 4, *scales)
+    with pytest.raises(ValueError, match="slot_mapping: must be on device cuda:0, got cpu"):
+        module.append_slots(key, key, cache, cache, slots.cpu(), *scales)
     bad = torch.ones(3, device="cuda")
     with pytest.raises(ValueError, match=r"k_scale: shape must be \[2\], got \[3\]"):
         module.append_slots(key, key, cache, cache, slots, bad, None, 1.0, 1.0, False)

@@ -2,95 +2,37 @@
 #pragma once
 
 #include <bindings/cuda/launch.h>
+#include <bindings/merge_checks.h>
 #include <fi_backend/attention/merge_launch.h>
 
 namespace fi::bindings {
 
-// Element strides of v [.., num_heads, head_dim] and lse [.., num_heads], rows first.
-inline StateStrides state_strides(const TensorView& v, const Optional<TensorView>& lse) {
-  StateStrides strides = {v.stride(0), v.stride(-2), 0, 0};
-  if (lse.has_value()) {
-    strides.lse_row = lse.value().stride(0);
-    strides.lse_head = lse.value().stride(-1);
-  }
-  return strides;
-}
-
-// In and Out are the host types of the values. v_* [num_rows, num_heads, head_dim], lse_* fp32
-// [num_rows, num_heads], mask bool [num_rows]. In place: v_out = v_a and lse_out = lse_a.
+// See checked_pair_params.
 template <class In, class Out>
 void merge_pair(TensorView v_a, TensorView lse_a, TensorView v_b, TensorView lse_b,
                 TensorView v_out, Optional<TensorView> lse_out, Optional<TensorView> mask,
                 bool enable_pdl) {
   check_cuda("v_a", v_a);
   const DLDevice device = v_a.device();
-  check_tensor("v_a", v_a, kDtypeOf<In>, {kAnySize, kAnySize, kAnySize}, device);
-  const int64_t rows = v_a.size(0), heads = v_a.size(1), dim = v_a.size(2);
-  check_tensor("v_b", v_b, kDtypeOf<In>, {rows, heads, dim}, device);
-  check_tensor("v_out", v_out, kDtypeOf<Out>, {rows, heads, dim}, device);
-  check_strided("lse_a", lse_a, kDtypeOf<float>, {rows, heads}, device);
-  check_strided("lse_b", lse_b, kDtypeOf<float>, {rows, heads}, device);
-  if (lse_out.has_value()) {
-    check_strided("lse_out", lse_out.value(), kDtypeOf<float>, {rows, heads}, device);
-  }
-  if (mask.has_value()) check_tensor("mask", mask.value(), kDtypeOf<bool>, {rows}, device);
-
-  tvm::ffi::CUDADeviceGuard guard(device.device_id);
-  const cudaStream_t stream = current_stream(device);
-
-  MergePairParams params = {};
-  params.v_a = v_a.data_ptr();
-  params.v_b = v_b.data_ptr();
-  params.lse_a = static_cast<const float*>(lse_a.data_ptr());
-  params.lse_b = static_cast<const float*>(lse_b.data_ptr());
-  params.v_out = v_out.data_ptr();
-  params.lse_out = data_or_null<float>(lse_out);
-  params.mask = data_or_null<uint8_t>(mask);
-  params.a_strides = state_strides(v_a, lse_a);
-  params.b_strides = state_strides(v_b, lse_b);
-  params.out_strides = state_strides(v_out, lse_out);
-  params.num_rows = rows;
-  params.num_heads = static_cast<int32_t>(heads);
-  params.head_dim = static_cast<int32_t>(dim);
+  MergePairParams params =
+      checked_pair_params<In, Out>(v_a, lse_a, v_b, lse_b, v_out, lse_out, mask, device);
   params.enable_pdl = enable_pdl;
 
-  check_launch("merge_pair", launch_merge_pair(params, stream));
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  check_launch("merge_pair", launch_merge_pair(params, current_stream(device)));
 }
 
-// v [num_rows, num_states, num_heads, head_dim], lse fp32 [num_rows, num_states, num_heads],
-// v_out [num_rows, num_heads, head_dim], lse_out fp32 [num_rows, num_heads].
+// See checked_states_params.
 template <class In, class Out>
 void merge_states(TensorView v, TensorView lse, TensorView v_out, Optional<TensorView> lse_out,
                   bool enable_pdl) {
   check_cuda("v", v);
   const DLDevice device = v.device();
-  check_tensor("v", v, kDtypeOf<In>, {kAnySize, kAnySize, kAnySize, kAnySize}, device);
-  const int64_t rows = v.size(0), states = v.size(1), heads = v.size(2), dim = v.size(3);
-  check_strided("lse", lse, kDtypeOf<float>, {rows, states, heads}, device);
-  check_tensor("v_out", v_out, kDtypeOf<Out>, {rows, heads, dim}, device);
-  if (lse_out.has_value()) {
-    check_strided("lse_out", lse_out.value(), kDtypeOf<float>, {rows, heads}, device);
-  }
-
-  tvm::ffi::CUDADeviceGuard guard(device.device_id);
-  const cudaStream_t stream = current_stream(device);
-
-  MergeStatesParams params = {};
-  params.v = v.data_ptr();
-  params.lse = static_cast<const float*>(lse.data_ptr());
-  params.v_out = v_out.data_ptr();
-  params.lse_out = data_or_null<float>(lse_out);
-  params.in_strides = state_strides(v, lse);
-  params.v_state_stride = v.stride(1);
-  params.lse_state_stride = lse.stride(1);
-  params.out_strides = state_strides(v_out, lse_out);
-  params.num_rows = rows;
-  params.num_states = static_cast<int32_t>(states);
-  params.num_heads = static_cast<int32_t>(heads);
-  params.head_dim = static_cast<int32_t>(dim);
+  MergeStatesParams params = checked_states_params<In, Out>(v, lse, v_out, lse_out, device);
   params.enable_pdl = enable_pdl;
 
-  check_launch("merge_states", launch_merge_states(params, stream));
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  check_launch("merge_states", launch_merge_states(params, current_stream(device)));
 }
 
 }  // namespace fi::bindings

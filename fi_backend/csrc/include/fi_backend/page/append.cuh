@@ -39,7 +39,7 @@ __device__ __forceinline__ CacheSlot find_slot(const AppendParams& p, int64_t to
   const int32_t position = p.positions[token];
   if (request < 0 || request >= p.num_requests || position < 0) return kSkip;
   const int64_t entry = int64_t(p.kv_indptr[request]) + position / p.page_size;
-  if (entry >= p.kv_indptr[request + 1]) return kSkip;
+  if (entry < 0 || entry >= p.kv_indptr[request + 1] || entry >= p.num_kv_indices) return kSkip;
   const int32_t page = p.kv_indices[entry];
   return page >= 0 && page < p.num_pages ? CacheSlot{page, position % p.page_size} : kSkip;
 }

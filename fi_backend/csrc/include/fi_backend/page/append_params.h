@@ -33,15 +33,16 @@ struct AppendParams {
   const int32_t* batch_indices;  // [num_tokens]
   const int32_t* positions;      // [num_tokens]
   const int32_t* kv_indptr;      // [num_requests + 1], counted in pages
-  const int32_t* kv_indices;     // [kv_indptr[num_requests]], page ids
-  const float* k_scale;          // [1] or [num_kv_heads]; nullptr = k_scale_value for all
-  const float* v_scale;          // [1] or [num_kv_heads]; nullptr = v_scale_value for all
+  const int32_t* kv_indices;     // [num_kv_indices], page ids
+  const float* k_scale;          // [], [1] or [num_kv_heads]; nullptr = k_scale_value for all
+  const float* v_scale;          // [], [1] or [num_kv_heads]; nullptr = v_scale_value for all
   TokenStrides key_strides;      // in elements, as all strides here
   TokenStrides value_strides;
   PageStrides key_cache_strides;
   PageStrides value_cache_strides;
   int64_t num_tokens;
   int64_t num_pages;
+  int64_t num_kv_indices;
   int32_t num_requests;
   int32_t page_size;  // any value >= 1
   int32_t num_kv_heads;
