@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fi_backend.checks import check_cpu
 from fi_backend.errors import UnsupportedError
 from fi_backend.spec import AttentionSpec
 
@@ -15,6 +14,7 @@ __all__ = [
     "PagedCache",
     "alibi_slopes",
     "check_backend",
+    "check_device",
     "check_layout",
     "check_workspace",
     "combine_scales",
@@ -28,6 +28,7 @@ __all__ = [
 
 PagedCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
+_DEVICE_TYPES = ("cpu", "cuda")
 _LAYOUTS = ("NHD", "HND")
 _POSITION_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 # Kernel families of FlashInfer that compute what ours does. The others have argument forms or
@@ -104,11 +105,19 @@ def check_backend(operation: str, backend: str) -> None:
         )
 
 
+def check_device(operation: str, device: torch.device) -> None:
+    """Refuse a device that no kernel serves."""
+    if device.type not in _DEVICE_TYPES:
+        raise UnsupportedError(
+            f"{operation}: device must be {' or '.join(_DEVICE_TYPES)}; got {device}"
+        )
+
+
 def check_workspace(operation: str, name: str, buffer: torch.Tensor) -> None:
     """Check device and alignment of a caller's workspace."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(buffer).__name__}")
-    check_cpu(operation, buffer.device)
+    check_device(operation, buffer.device)
     if buffer.numel() and not buffer.is_contiguous():
         raise ValueError(f"{name} must be contiguous; got strides {buffer.stride()}")
     if buffer.numel() and buffer.data_ptr() % _WORKSPACE_ALIGNMENT:
@@ -118,7 +127,7 @@ def check_workspace(operation: str, name: str, buffer: torch.Tensor) -> None:
         )
 
 
-def alibi_slopes(num_heads: int) -> torch.Tensor:
+def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
     """Slopes of ALiBi: float32 [num_heads].
 
     With n the largest power of two that is at most num_heads, the first n heads take the powers
@@ -126,9 +135,10 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
     """
     base_heads = 2 ** int(math.log2(num_heads))
     ratio = 8.0 / base_heads
-    exponents = [ratio * (i + 1) for i in range(base_heads)]
-    exponents += [ratio / 2 * (2 * i + 1) for i in range(num_heads - base_heads)]
-    return torch.tensor([2.0**-e for e in exponents], dtype=torch.float32)
+    # Made on the device: a CUDA graph cannot hold a copy from the host.
+    head = torch.arange(num_heads, dtype=torch.float64, device=device)
+    coarse, fine = (head[:base_heads] + 1) * ratio, (head[: num_heads - base_heads] + 0.5) * ratio
+    return torch.exp2(-torch.cat((coarse, fine))).to(torch.float32)
 
 
 def layer_spec(

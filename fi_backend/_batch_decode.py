@@ -9,7 +9,7 @@ import torch
 
 from fi_backend._arguments import PagedCache, refuse, split_paged_cache
 from fi_backend._decode_options import DecodeOptions, merge_positional
-from fi_backend._page_table import check_lens, check_page_table, fill
+from fi_backend._page_table import check_lens, check_page_table, page_lens
 from fi_backend._wrapper import AttentionWrapper, Scale
 from fi_backend.batch import PagedBatch
 
@@ -21,11 +21,15 @@ _NAMES = ("indptr", "indices", "last_page_len")
 class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
     """Decode attention of a batch over a paged cache: plan() once a step, run() once a layer.
 
+    It works where float_workspace_buffer is, on the CPU or on a GPU. On a GPU run() only launches;
+    so does plan() if it gets tensors of that GPU, which it checks by shape alone.
+
     Args:
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; one that is too small is
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the three buffers below, whose sizes fix the batch size.
+            A run() that a CUDA graph has captured then follows every later plan().
         use_tensor_cores: needed for q_len_per_req > 1; otherwise without effect on the result.
         paged_kv_indptr_buffer: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indices_buffer: int32 [most pages of a step], with use_cuda_graph.
@@ -49,6 +53,8 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
         self._use_tensor_cores = use_tensor_cores
         self._q_len_per_req: int | None = None
+        self._qo_indptr: torch.Tensor | None = None
+        self._rows_made = (0, 0)  # batch_size and q_len_per_req of self._qo_indptr
         self._buffers = self._fixed_buffers(
             paged_kv_indptr_buffer=paged_kv_indptr_buffer,
             paged_kv_indices_buffer=paged_kv_indices_buffer,
@@ -98,9 +104,9 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         The bound does not depend on the lengths of the requests. Arguments as for plan().
         """
         options = DecodeOptions.from_arguments(locals())
-        lens = self._check_plan(options, indptr, indices, last_page_len, page_size)
+        self._check_plan(options, indptr, indices, last_page_len, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim, page_size)
-        return self._workspace_size(spec, lens.shape[0], lens.shape[0] * q_len_per_req)
+        return self._workspace_size(spec, last_page_len.shape[0])
 
     def plan(
         self,
@@ -117,7 +123,8 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         """Plan a step. Every layer with these heads and this cache form then shares the plan.
 
         Args:
-            indptr: int32 [batch_size + 1], first entry of each request in `indices`.
+            indptr: int32 [batch_size + 1], first entry of each request in `indices`. This and the
+                next two are each on the wrapper's device or on the host.
             indices: int32 [num_pages_used], page ids.
             last_page_len: int32 [batch_size], tokens in each request's last page.
             num_qo_heads: query heads, a multiple of num_kv_heads.
@@ -131,8 +138,9 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             data_type: q_data_type and kv_data_type, where those are left out.
             sm_scale: factor on q . k, 1 / sqrt(head_dim) if None.
             rope_scale, rope_theta: for "ROPE_LLAMA", 1.0 and 1e4 if None.
-            non_blocking: a hint, without effect on the result.
-            seq_lens: int [batch_size], checked against the page table.
+            non_blocking: do not wait for copies from the host; pinned memory among them must
+                then stay as it is until the device has read it.
+            seq_lens: int [batch_size], checked against the page table where both are on the host.
             fixed_split_size: pages at whose multiples a request's keys are cut, which makes its
                 bits independent of its batch mates.
             disable_split_kv: never cut a request's keys.
@@ -153,20 +161,26 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         options = DecodeOptions(**kwargs)
         lens = self._check_plan(options, indptr, indices, last_page_len, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim, page_size)
+        batch_size, q_len = last_page_len.shape[0], options.q_len_per_req
         if self._buffers:
-            indptr, indices = self._stage(indptr, indices, last_page_len)
-        qo_indptr = torch.arange(lens.shape[0] + 1, dtype=torch.int32) * options.q_len_per_req
+            self._check_batch_size(batch_size, self._buffers[-1].shape[0])
+        indptr, indices, last_page_len = self._stage(
+            options.non_blocking, indptr=indptr, indices=indices, last_page_len=last_page_len
+        )
+        if lens is None:
+            lens = page_lens(indptr, last_page_len, page_size)
         self._plan_batch(
             spec,
             PagedBatch(
-                qo_indptr,
-                lens,
-                page_indptr=indptr.contiguous(),
-                page_indices=indices.contiguous(),
+                self._uniform_rows(batch_size, q_len),
+                self._stage_lens(lens),
+                page_indptr=indptr,
+                page_indices=indices,
             ),
+            num_tokens=batch_size * q_len,
             split_tokens=options.split_tokens(page_size),
         )
-        self._q_len_per_req = options.q_len_per_req
+        self._q_len_per_req = q_len
 
     begin_forward = plan
 
@@ -177,10 +191,10 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         indices: torch.Tensor,
         last_page_len: torch.Tensor,
         page_size: int,
-    ) -> torch.Tensor:
-        """Check a step's arguments and return the cached tokens of each request."""
+    ) -> torch.Tensor | None:
+        """Check a step's arguments; return each request's tokens, if the host knows them."""
         options.check(self._name)
-        lens = check_page_table(self._name, _NAMES, indptr, indices, last_page_len, page_size)
+        lens = check_page_table(_NAMES, indptr, indices, last_page_len, page_size, self._device)
         check_lens("seq_lens", options.seq_lens, lens, "the page table")
         q_len = options.q_len_per_req
         if q_len > 1 and not self._use_tensor_cores:
@@ -191,7 +205,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
                 f"q_len_per_req is frozen at {frozen} by the first plan() with use_cuda_graph; "
                 f"got {q_len}. Use a wrapper for each value"
             )
-        if q_len > 1 and lens.numel() and int(lens.min()) < q_len:
+        if q_len > 1 and lens is not None and lens.numel() and int(lens.min()) < q_len:
             raise ValueError(
                 f"indptr and last_page_len must give every request at least q_len_per_req = "
                 f"{q_len} cached tokens, its new ones included; got {int(lens.min())}, which "
@@ -199,14 +213,12 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             )
         return lens
 
-    def _stage(
-        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy a page table into the caller's fixed buffers."""
-        indptr_buffer, indices_buffer, last_page_len_buffer = self._buffers
-        self._check_batch_size(last_page_len.shape[0], last_page_len_buffer.shape[0])
-        fill("last_page_len", last_page_len_buffer, last_page_len)
-        return fill("indptr", indptr_buffer, indptr), fill("indices", indices_buffer, indices)
+    def _uniform_rows(self, batch_size: int, q_len: int) -> torch.Tensor:
+        """Return the qo_indptr of requests with `q_len` rows each, kept from plan to plan."""
+        if self._qo_indptr is None or self._rows_made != (batch_size, q_len):
+            requests = torch.arange(batch_size + 1, dtype=torch.int32, device=self._device)
+            self._qo_indptr, self._rows_made = requests * q_len, (batch_size, q_len)
+        return self._qo_indptr
 
     def run(
         self,

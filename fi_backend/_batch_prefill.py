@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fi_backend._arguments import PagedCache, refuse, split_paged_cache
-from fi_backend._page_table import check_page_table, fill
+from fi_backend._page_table import check_page_table, page_lens
 from fi_backend._prefill_options import PrefillOptions
 from fi_backend._prefill_wrapper import PrefillWrapper
 from fi_backend._wrapper import Scale
@@ -21,12 +21,16 @@ _NAMES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
     """Prefill or append attention over a paged cache: plan() once a step, run() once a layer.
 
+    It works where float_workspace_buffer is, on the CPU or on a GPU. On a GPU run() only launches;
+    so does plan() if it gets tensors of that GPU, which it checks by shape alone.
+
     Args:
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; one that is too small is
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the buffers below, whose sizes fix the batch size; the
-            first plan() fixes the most rows.
+            first plan() fixes the most rows. A run() that a CUDA graph has captured then follows
+            every later plan().
         qo_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indices_buf: int32 [most pages of a step], with use_cuda_graph.
@@ -122,9 +126,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         """
         options = PrefillOptions.from_arguments(locals())
         table = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        qo_lens, kv_lens = self._check_plan(options, qo_indptr, table, page_size)
+        self._check_plan(options, qo_indptr, table, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        return self._workspace_size(spec, kv_lens.shape[0], int(qo_lens.sum()))
+        return self._workspace_size(spec, paged_kv_last_page_len.shape[0])
 
     def plan(
         self,
@@ -166,7 +170,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         """Plan a step. Every layer with these heads and this cache form then shares the plan.
 
         Args:
-            qo_indptr: int32 [batch_size + 1], first query row of each request.
+            qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
+                three are each on the wrapper's device or on the host.
             paged_kv_indptr: int32 [batch_size + 1], first entry of each request in the next.
             paged_kv_indices: int32 [num_pages_used], page ids.
             paged_kv_last_page_len: int32 [batch_size], tokens in each request's last page.
@@ -188,9 +193,11 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             rope_scale, rope_theta: for "ROPE_LLAMA"; 1.0 and 1e4 if None.
             q_data_type: dtype of q; float16 by default.
             kv_data_type, o_data_type: dtypes of cache and output; q_data_type if None.
-            non_blocking: a hint, without effect on the result.
-            seq_lens, seq_lens_q: int [batch_size], checked against the page table and qo_indptr.
-            max_token_per_sequence, max_sequence_kv: checked to bound the lengths.
+            non_blocking: do not wait for copies from the host; pinned memory among them must
+                then stay as it is until the device has read it.
+            seq_lens, seq_lens_q: int [batch_size], checked against the page table and qo_indptr
+                where these are on the host.
+            max_token_per_sequence, max_sequence_kv: checked to bound lengths given on the host.
             fixed_split_size: pages at whose multiples a request's keys are cut, which makes its
                 bits independent of its batch mates.
             disable_split_kv: never cut a request's keys.
@@ -205,22 +212,21 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         table = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         qo_lens, kv_lens = self._check_plan(options, qo_indptr, table, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        mask, mask_indptr = options.mask(qo_lens, kv_lens)
         if self._buffers:
-            qo_buffer, indptr_buffer, indices_buffer, last_buffer = self._buffers
-            self._check_batch_size(kv_lens.shape[0], last_buffer.shape[0])
-            self._check_capacity(int(qo_indptr[-1]))
-            paged_kv_indices = fill("paged_kv_indices", indices_buffer, paged_kv_indices)
-            paged_kv_indptr = fill("paged_kv_indptr", indptr_buffer, paged_kv_indptr)
-            fill("paged_kv_last_page_len", last_buffer, paged_kv_last_page_len)
-            qo_indptr = fill("qo_indptr", qo_buffer, qo_indptr)
-        batch = PagedBatch(
-            qo_indptr.contiguous(),
-            kv_lens,
-            page_indptr=paged_kv_indptr.contiguous(),
-            page_indices=paged_kv_indices.contiguous(),
+            self._check_batch_size(paged_kv_last_page_len.shape[0], self._buffers[-1].shape[0])
+            self._check_capacity(None if qo_lens is None else int(qo_lens.sum()))
+        qo_indptr, indptr, indices, last_page_len = self._stage(
+            options.non_blocking,
+            qo_indptr=qo_indptr,
+            paged_kv_indptr=paged_kv_indptr,
+            paged_kv_indices=paged_kv_indices,
+            paged_kv_last_page_len=paged_kv_last_page_len,
         )
-        self._plan_step(options, spec, batch, mask, mask_indptr)
+        lens = page_lens(indptr, last_page_len, page_size) if kv_lens is None else kv_lens
+        batch = PagedBatch(
+            qo_indptr, self._stage_lens(lens), page_indptr=indptr, page_indices=indices
+        )
+        self._plan_step(options, spec, batch, qo_lens, kv_lens)
 
     begin_forward = plan
 
@@ -230,10 +236,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         qo_indptr: torch.Tensor,
         table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         page_size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Check a step's arguments; return the query rows and cached tokens of each request."""
-        kv_lens = check_page_table(self._name, _NAMES, *table, page_size)
-        qo_lens = self._check_qo_indptr(qo_indptr, kv_lens.shape[0])
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Check a step; return each request's query rows and tokens where the host knows them."""
+        kv_lens = check_page_table(_NAMES, *table, page_size, self._device)
+        qo_lens = self._check_qo_indptr(qo_indptr, table[2].shape[0])
         options.check(self._name, qo_lens, kv_lens)
         return qo_lens, kv_lens
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fi_backend._arguments import layer_spec, refuse, split_tokens, to_dtype
-from fi_backend._page_table import check_bound, check_lens, resolve_mask
+from fi_backend._custom_mask import resolve_mask
+from fi_backend._page_table import check_bound, check_lens
 from fi_backend.spec import AttentionSpec
 
 __all__ = ["PrefillOptions"]
@@ -32,6 +33,7 @@ class PrefillOptions:
     q_data_type: str | torch.dtype | None = "float16"
     kv_data_type: str | torch.dtype | None = None
     o_data_type: str | torch.dtype | None = None
+    non_blocking: bool = True
     prefix_len_ptr: torch.Tensor | None = None
     token_pos_in_items_ptr: torch.Tensor | None = None
     token_pos_in_items_len: int = 0
@@ -50,8 +52,13 @@ class PrefillOptions:
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in arguments.items() if name in names})
 
-    def check(self, operation: str, qo_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
-        """Refuse what no kernel of ours does, and check what the caller states twice."""
+    def check(
+        self, operation: str, qo_lens: torch.Tensor | None, kv_lens: torch.Tensor | None
+    ) -> None:
+        """Refuse what no kernel of ours does, and check what the caller states twice.
+
+        Lengths that only the device knows are None.
+        """
         refuse(
             operation,
             prefix_len_ptr=self.prefix_len_ptr,
@@ -66,10 +73,13 @@ class PrefillOptions:
         check_bound("max_sequence_kv", self.max_sequence_kv, kv_lens)
 
     def mask(
-        self, qo_lens: torch.Tensor, kv_lens: torch.Tensor
+        self, qo_lens: torch.Tensor, kv_lens: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return (packed mask, byte offsets of the requests), or (None, None)."""
-        return resolve_mask(self.custom_mask, self.packed_custom_mask, qo_lens, kv_lens)
+        """Return (packed mask, byte offsets of the requests) on `device`, or (None, None).
+
+        Both lengths are on the host, or both on `device`.
+        """
+        return resolve_mask(self.custom_mask, self.packed_custom_mask, qo_lens, kv_lens, device)
 
     def split_tokens(self, page_size: int) -> int:
         return split_tokens(self.fixed_split_size, self.disable_split_kv, page_size)

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import torch
 
 from fi_backend._arguments import (
     alibi_slopes,
+    check_device,
     check_layout,
     combine_scales,
     layer_spec,
     ragged_cache,
 )
-from fi_backend._page_table import resolve_mask
+from fi_backend._custom_mask import resolve_mask
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
-from fi_backend.checks import check_cpu, check_tensor
+from fi_backend.checks import check_tensor
 from fi_backend.planning import plan
 from fi_backend.workspace import Workspace
 
 __all__ = ["single_attention"]
 
-# Calls of several threads may overlap, so each has scratch memory of its own.
-_local = threading.local()
+
+class _Scratch(threading.local):
+    """Scratch memory of a thread; calls of several threads or streams may overlap."""
+
+    def __init__(self) -> None:
+        self._workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+    def workspace(self, device: torch.device) -> Workspace:
+        """Return the one of `device` and its current stream."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        workspace = self._workspaces.get((device, stream))
+        if workspace is None:
+            workspace = self._workspaces[device, stream] = Workspace(device)
+        return workspace
+
+
+_scratch = _Scratch()
 
 
 def single_attention(
@@ -50,7 +67,7 @@ def single_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from q [qo_len, num_qo_heads, head_dim] to the keys of one request."""
     check_tensor("q", q, shape=(None, None, None))
-    check_cpu(operation, q.device)
+    check_device(operation, q.device)
     check_layout("kv_layout", kv_layout)
     keys = ragged_cache("k", k, kv_layout)
     values = ragged_cache("v", v, kv_layout)
@@ -79,22 +96,24 @@ def single_attention(
         rope_theta=rope_theta,
         custom_mask=custom_mask is not None or packed_custom_mask is not None,
     )
-    layer = PagedAttention(spec)
-    batch = PagedBatch.ragged(
-        torch.tensor([0, q.shape[0]], dtype=torch.int32),
-        torch.tensor([0, kv_len], dtype=torch.int32),
-    )
+    layer = PagedAttention(spec, q.device)
+    # Made on the device, so that a CUDA graph can hold the call: it cannot copy from the host.
+    zero_and_one = torch.arange(2, dtype=torch.int32, device=q.device)
+    batch = PagedBatch.ragged(zero_and_one * q.shape[0], zero_and_one * kv_len)
     mask, mask_indptr = resolve_mask(
-        custom_mask, packed_custom_mask, batch.qo_indptr[1:], batch.kv_lens
+        custom_mask,
+        packed_custom_mask,
+        torch.tensor([q.shape[0]], device="cpu"),
+        torch.tensor([kv_len], device="cpu"),
+        q.device,
     )
-    if not hasattr(_local, "workspace"):
-        _local.workspace = Workspace("cpu")
+    step = plan(spec, batch, _scratch.workspace(q.device))
     return layer.run(
-        plan(spec, batch, _local.workspace),
+        replace(step, num_tokens=q.shape[0], num_ragged_rows=kv_len),
         q,
         (keys, values),
         return_lse=return_lse,
-        alibi_slopes=alibi_slopes(spec.num_qo_heads) if spec.alibi else None,
+        alibi_slopes=alibi_slopes(spec.num_qo_heads, q.device) if spec.alibi else None,
         custom_mask=mask,
         mask_indptr=mask_indptr,
         k_scale=combine_scales((("q_scale", q_scale), ("k_scale", k_scale)), num_kv_heads),

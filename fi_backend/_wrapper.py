@@ -17,11 +17,12 @@ from fi_backend._arguments import (
     layer_spec,
     refuse,
 )
+from fi_backend._page_table import check_fits, fill, to_device
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
-from fi_backend.checks import check_cpu, check_tensor
-from fi_backend.kernels import host_plan
-from fi_backend.planning import Plan, plan, workspace_bytes
+from fi_backend.checks import check_tensor
+from fi_backend.kernels import device_plan, host_plan
+from fi_backend.planning import Plan, default_workers, plan, workspace_bytes
 from fi_backend.spec import AttentionSpec
 from fi_backend.workspace import Workspace
 
@@ -57,7 +58,14 @@ class AttentionWrapper(ABC):
         self._mask_indptr: torch.Tensor | None = None
         self._split_tokens = 0
         check_workspace(self._name, "float_workspace_buffer", float_workspace_buffer)
-        self._workspace = Workspace(float_workspace_buffer.device, buffer=float_workspace_buffer)
+        self._workspace = Workspace(buffer=float_workspace_buffer)
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._kv_lens: torch.Tensor | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the wrapper works: the device of its workspace."""
+        return self._workspace.device
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -77,7 +85,12 @@ class AttentionWrapper(ABC):
         """
         check_workspace(self._name, "float_workspace_buffer", float_workspace_buffer)
         check_workspace(self._name, "int_workspace_buffer", int_workspace_buffer)
-        self._workspace = Workspace(float_workspace_buffer.device, buffer=float_workspace_buffer)
+        if float_workspace_buffer.device != self._device:
+            raise ValueError(
+                f"float_workspace_buffer must be on {self._device}, as the first one; "
+                f"got {float_workspace_buffer.device}"
+            )
+        self._workspace = Workspace(buffer=float_workspace_buffer)
 
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,8 +116,14 @@ class AttentionWrapper(ABC):
                     f"{name} should be a torch.Tensor in cudagraph mode; "
                     f"got {type(buffer).__name__}"
                 )
-            check_cpu(self._name, buffer.device)
-            check_tensor(name, buffer, shape=(None,), dtype=torch.int32, last_dim_contiguous=True)
+            check_tensor(
+                name,
+                buffer,
+                shape=(None,),
+                dtype=torch.int32,
+                device=self._device,
+                last_dim_contiguous=True,
+            )
             checked.append(buffer)
         return tuple(checked)
 
@@ -116,28 +135,73 @@ class AttentionWrapper(ABC):
                 f"Use a wrapper for each batch size"
             )
 
-    def _workspace_size(self, spec: AttentionSpec, batch_size: int, rows: int) -> tuple[int, int]:
+    def _stage(self, non_blocking: bool, **metadata: torch.Tensor) -> list[torch.Tensor]:
+        """Bring tensors to where runs read them, on the device.
+
+        With use_cuda_graph that is all of each fixed buffer, since a graph keeps its address: a
+        part of no elements has none.
+        """
+        if not self._use_cuda_graph:
+            return [
+                to_device(name, tensor, self._device, non_blocking=non_blocking).contiguous()
+                for name, tensor in metadata.items()
+            ]
+        for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
+            check_fits(name, buffer, tensor)  # all of them before any is overwritten
+        for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
+            fill(name, buffer, tensor, non_blocking=non_blocking)
+        return list(self._buffers)
+
+    def _stage_lens(self, kv_lens: torch.Tensor) -> torch.Tensor:
+        """Bring lengths to where runs read them; with use_cuda_graph, always to one place."""
+        if not self._use_cuda_graph:
+            return to_device("kv_lens", kv_lens, self._device)
+        if self._kv_lens is None:
+            self._kv_lens = torch.empty_like(kv_lens, device=self._device)
+        return fill("kv_lens", self._kv_lens, kv_lens)
+
+    def _workspace_size(self, spec: AttentionSpec, batch_size: int) -> tuple[int, int]:
         """Bytes of the float and of the integer workspace that a plan for `spec` needs."""
-        int_bytes = 4 * host_plan.plan_buffer_ints(
-            max_reqs=batch_size, num_workers=torch.get_num_threads()
+        planner = host_plan if self._device.type == "cpu" else device_plan
+        int_bytes = 4 * planner.plan_buffer_ints(
+            max_reqs=batch_size, num_workers=default_workers(self._device)
         )
-        return workspace_bytes(spec, batch_size, rows) - int_bytes, int_bytes
+        total = workspace_bytes(spec, batch_size, max_tokens=0, device=self._device)
+        return total - int_bytes, int_bytes
 
     def _plan_batch(
         self,
         spec: AttentionSpec,
         batch: PagedBatch,
         *,
+        num_tokens: int | None = None,
         split_tokens: int = 0,
         mask: torch.Tensor | None = None,
         mask_indptr: torch.Tensor | None = None,
     ) -> None:
-        """Plan a step and make every kernel it needs ready to launch."""
-        layers = {(spec.sinks, spec.sm_scale): PagedAttention(spec)}
-        self._plan = plan(spec, batch, self._workspace, into=self._plan, split_tokens=split_tokens)
-        self._spec = spec
+        """Plan a step and make every kernel it needs ready to launch.
+
+        Args:
+            spec: the layer.
+            batch: on the workspace's device.
+            num_tokens: query rows of the batch, where the host knows them and they hold for every
+                replay of a graph: outputs made by run() then have no padding rows to clear.
+            split_tokens: as for plan().
+            mask, mask_indptr: as for PagedAttention.run(), if spec.custom_mask.
+        """
+        layers = self._layers
+        if spec != self._spec:
+            layers = {(spec.sinks, spec.sm_scale): PagedAttention(spec, self._device)}
+        step = plan(spec, batch, self._workspace, into=self._plan, split_tokens=split_tokens)
+        if step.num_tokens is None and num_tokens is not None:
+            step = replace(step, num_tokens=num_tokens)
+        self._plan = step
         self._layers = layers
-        self._alibi_slopes = alibi_slopes(spec.num_qo_heads) if spec.alibi else None
+        self._spec = spec
+        heads = spec.num_qo_heads
+        if spec.alibi and (self._alibi_slopes is None or self._alibi_slopes.shape[0] != heads):
+            # Kept from plan to plan, since a CUDA graph keeps its address.
+            self._alibi_slopes = alibi_slopes(heads, self._device)
         self._mask = mask
         self._mask_indptr = mask_indptr
         self._split_tokens = split_tokens
@@ -166,6 +230,7 @@ class AttentionWrapper(ABC):
             self._plan_batch(
                 changed,
                 old.batch,
+                num_tokens=old.num_tokens,
                 split_tokens=self._split_tokens,
                 mask=self._mask,
                 mask_indptr=self._mask_indptr,
@@ -208,7 +273,7 @@ class AttentionWrapper(ABC):
         key = (sinks is not None, spec.sm_scale if sm_scale is None else float(sm_scale))
         layer = self._layers.get(key)
         if layer is None:
-            layer = PagedAttention(replace(spec, sinks=key[0], sm_scale=key[1]))
+            layer = PagedAttention(replace(spec, sinks=key[0], sm_scale=key[1]), self._device)
             self._layers[key] = layer
         return layer.run(
             step,
@@ -217,7 +282,7 @@ class AttentionWrapper(ABC):
             out=out,
             lse=lse,
             return_lse=return_lse,
-            alibi_slopes=self._alibi_slopes,
+            alibi_slopes=self._alibi_slopes if spec.alibi else None,
             sinks=sinks,
             custom_mask=self._mask,
             mask_indptr=self._mask_indptr,

@@ -55,8 +55,11 @@ class PagedAttention:
             raise UnsupportedError(f"PagedAttention: {reason}")
         self.spec = spec
         self._geometry = spec.geometry
+        self._heads = (spec.num_qo_heads,)
+        self._page_shape = (spec.page_size, spec.num_kv_heads)
         self._has_no_options = not (spec.alibi or spec.sinks or spec.custom_mask)
         self._kernels = attention_kernels.load(
+            device_type=torch.device(device).type,
             q_dtype=spec.q_dtype,
             kv_dtype=spec.kv_dtype,
             o_dtype=spec.o_dtype,
@@ -90,7 +93,7 @@ class PagedAttention:
             kv_cache: (k, v), each [num_pages, page_size, num_kv_heads, head_dim], any strides but
                 the last; for a ragged batch [num_tokens, 1, num_kv_heads, head_dim].
             out: [num_rows, num_qo_heads, head_dim_vo], spec.o_dtype; padding rows are left alone.
-                Allocated, with padding rows 0, if None.
+                Allocated if None; padding rows are then 0.
             lse: float32 [num_rows, num_qo_heads], log base 2 of the softmax denominator (sinks
                 included), -inf for a row that sees no key. Allocated if None and return_lse.
             return_lse: return (out, lse).
@@ -108,7 +111,7 @@ class PagedAttention:
         k, v = kv_cache
         is_direct = runs_directly("attention", q=q)
         self._check_options(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
-        if out is None or not is_direct or self._checked or not self._fits(plan, k):
+        if out is None or not is_direct or self._checked or not self._fits(plan, q, k):
             self._check_tensors(plan, q, k, v, out, lse)
         if out is None or return_lse:
             out, lse = self._outputs(plan, q, out, lse, return_lse)
@@ -149,12 +152,14 @@ class PagedAttention:
             raise
         return (out, lse) if return_lse and lse is not None else out
 
-    def _fits(self, plan: Plan, k: torch.Tensor) -> bool:
-        """Whether the plan is for this layer and the cache: what native code does not check."""
+    def _fits(self, plan: Plan, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Whether plan, q and cache are for this layer: what native code does not check."""
         return (
             plan.geometry is self._geometry
+            and isinstance(k, torch.Tensor)
+            and q.shape[1:2] == self._heads
+            and k.shape[1:3] == self._page_shape
             and k.shape[0] >= plan.num_ragged_rows
-            and k.shape[1] == self.spec.page_size
         )
 
     def _check_tensors(
@@ -182,7 +187,7 @@ class PagedAttention:
             device=device,
             last_dim_contiguous=True,
         )
-        if q.shape[0] < plan.num_tokens:
+        if plan.num_tokens is not None and q.shape[0] < plan.num_tokens:
             raise ValueError(
                 f"q must have at least {plan.num_tokens} rows, qo_indptr[-1] at plan time; "
                 f"got {q.shape[0]}"
@@ -274,11 +279,12 @@ class PagedAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate what the caller wants but did not give; padding rows are empty states."""
         rows, heads = q.shape[0], self.spec.num_qo_heads
+        first_padding = plan.num_tokens or 0  # 0 if only the device knows
         if out is None:
             shape = (rows, heads, self.spec.head_dim_vo)
             out = torch.empty(shape, dtype=self.spec.o_dtype, device=q.device)
-            out[plan.num_tokens :].zero_()
+            out[first_padding:].zero_()
         if lse is None and return_lse:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
-            lse[plan.num_tokens :] = float("-inf")
+            lse[first_padding:] = float("-inf")
         return out, lse

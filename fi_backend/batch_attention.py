@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fi_backend._arguments import (
     PagedCache,
+    check_device,
     check_layout,
     combine_scales,
     layer_spec,
@@ -16,10 +18,9 @@ from fi_backend._arguments import (
     to_dtype,
 )
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_backend._page_table import check_indptr
+from fi_backend._page_table import check_entries, check_indptr, check_metadata, to_device
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
-from fi_backend.checks import check_cpu, check_tensor
 from fi_backend.planning import Plan, plan
 from fi_backend.spec import AttentionSpec
 from fi_backend.workspace import Workspace
@@ -32,12 +33,13 @@ class BatchAttention:
 
     Args:
         kv_layout: "NHD" or "HND".
-        device: where tensors live; "cpu" in this version.
+        device: where tensors live: "cpu", or a GPU. On a GPU run() only launches; so does plan() if
+            it gets tensors of that GPU, which it checks by shape alone.
     """
 
     def __init__(self, kv_layout: str = "NHD", device: str = "cuda") -> None:
         check_layout("kv_layout", kv_layout)
-        check_cpu("BatchAttention", torch.device(device))
+        check_device("BatchAttention", torch.device(device))
         self._kv_layout = kv_layout
         self._workspace = Workspace(device)
         self._layer: PagedAttention | None = None
@@ -64,7 +66,8 @@ class BatchAttention:
         """Plan a step. Every layer with these heads and this cache form then shares the plan.
 
         Args:
-            qo_indptr: int32 [batch_size + 1], first query row of each request.
+            qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
+                three are each on the device or on the host.
             kv_indptr: int32 [batch_size + 1], first entry of each request in `kv_indices`.
             kv_indices: int32 [num_pages_used], page ids.
             kv_len_arr: int32 [batch_size], cached tokens of each request.
@@ -84,13 +87,15 @@ class BatchAttention:
         """
         name = "BatchAttention"
         refuse(name, use_profiler=use_profiler)
-        qo_indptr = check_indptr(name, "qo_indptr", qo_indptr)
+        device = self._workspace.device
+        qo_indptr = check_indptr("qo_indptr", qo_indptr, device, start_at_zero=True)
+        num_tokens = int(qo_indptr[-1]) if qo_indptr.is_cpu else None
         batch_size = qo_indptr.shape[0] - 1
-        if int(qo_indptr[0]) != 0:
-            raise ValueError(f"qo_indptr[0] must be 0; got {int(qo_indptr[0])}")
-        kv_indptr = check_indptr(name, "kv_indptr", kv_indptr, batch_size=batch_size)
-        check_tensor("kv_indices", kv_indices, shape=(None,), dtype=torch.int32)
-        check_tensor("kv_len_arr", kv_len_arr, shape=(batch_size,), dtype=torch.int32)
+        kv_indptr = check_indptr("kv_indptr", kv_indptr, device, batch_size=batch_size)
+        check_entries(("kv_indptr", "kv_indices"), kv_indptr, kv_indices, device)
+        check_metadata("kv_len_arr", kv_len_arr, device, shape=(batch_size,))
+        if kv_indptr.is_cpu and kv_len_arr.is_cpu:
+            _check_kv_lens(kv_len_arr, kv_indptr, page_size)
         q_dtype = to_dtype("q_data_type", q_data_type, torch.bfloat16)
         spec = layer_spec(
             num_qo_heads=num_qo_heads,
@@ -109,14 +114,15 @@ class BatchAttention:
             rope_scale=None,
             rope_theta=None,
         )
-        layer = PagedAttention(spec)
+        layer = PagedAttention(spec, device)
         batch = PagedBatch(
-            qo_indptr,
-            kv_len_arr.contiguous(),
-            page_indptr=kv_indptr,
-            page_indices=kv_indices.contiguous(),
+            to_device("qo_indptr", qo_indptr, device),
+            to_device("kv_len_arr", kv_len_arr, device).contiguous(),
+            page_indptr=to_device("kv_indptr", kv_indptr, device),
+            page_indices=to_device("kv_indices", kv_indices, device).contiguous(),
         )
-        self._plan = plan(spec, batch, self._workspace, into=self._plan)
+        step = plan(spec, batch, self._workspace, into=self._plan)
+        self._plan = replace(step, num_tokens=num_tokens)
         self._layer = layer
 
     def run(
@@ -160,9 +166,10 @@ class BatchAttention:
                 f"logits_soft_cap must be what plan() was given, {spec.logits_soft_cap}; "
                 f"got {logits_soft_cap}. Plan again to change it"
             )
-        if q.shape[0] != self._plan.num_tokens:
+        num_tokens = self._plan.num_tokens
+        if num_tokens is not None and q.shape[0] != num_tokens:
             raise ValueError(
-                f"q.shape[0] ({q.shape[0]}) does not match qo_indptr[-1] ({self._plan.num_tokens})"
+                f"q.shape[0] ({q.shape[0]}) does not match qo_indptr[-1] ({num_tokens})"
             )
         result = self._layer.run(
             self._plan,
@@ -176,6 +183,18 @@ class BatchAttention:
         )
         assert isinstance(result, tuple)
         return result
+
+
+def _check_kv_lens(kv_lens: torch.Tensor, indptr: torch.Tensor, page_size: int) -> None:
+    """Check that the pages of each request hold its tokens; tensors on the host."""
+    most = (indptr[1:] - indptr[:-1]) * page_size
+    bad = (kv_lens < 0) | (kv_lens > most)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"kv_len_arr[{at}] must lie between 0 and {int(most[at])}, the tokens that its pages "
+            f"hold; got {int(kv_lens[at])}"
+        )
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):

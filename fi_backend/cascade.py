@@ -38,6 +38,7 @@ class MultiLevelCascadeAttentionWrapper:
     Args:
         num_levels: levels, at least 1; the last one holds each request's own keys.
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; levels take turns with it.
+            It is where the wrapper works, on the CPU or on a GPU.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the buffers below.
         qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr,
@@ -120,7 +121,7 @@ class MultiLevelCascadeAttentionWrapper:
 
         Args:
             qo_indptr_arr: per level int32 [groups + 1], first query row of each group; every
-                level covers the same rows.
+                level covers the same rows, which is checked where they are on the host.
             paged_kv_indptr_arr: per level int32 [groups + 1].
             paged_kv_indices_arr: per level int32 [num_pages_used].
             paged_kv_last_page_len: per level int32 [groups].
@@ -151,7 +152,8 @@ class MultiLevelCascadeAttentionWrapper:
                     f"MultiLevelCascadeAttentionWrapper: {option} must be {allowed!r} with more "
                     f"than one level; got {value!r}. Encode positions in q and k, or plan one level"
                 )
-        rows = [int(qo_indptr[-1]) for qo_indptr in qo_indptr_arr]
+        on_host = [x for x in qo_indptr_arr if isinstance(x, torch.Tensor) and x.is_cpu]
+        rows = [int(qo_indptr[-1]) for qo_indptr in on_host]
         if len(set(rows)) > 1:
             raise ValueError(
                 f"qo_indptr_arr must cover the same rows on every level; got last entries {rows}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["check_cpu", "check_offsets", "check_page_ids", "check_tensor"]
+__all__ = ["check_offsets", "check_page_ids", "check_tensor"]
 
 
 def check_tensor(
@@ -83,18 +83,3 @@ def check_page_ids(name: str, page_ids: torch.Tensor, *, num_pages: int) -> None
     if bool(bad.any()):
         value = int(page_ids[bad][0])
         raise ValueError(f"{name} must hold page ids in [0, {num_pages}); got {value}")
-
-
-def check_cpu(operation: str, device: torch.device) -> None:
-    """Refuse a device that this version has no kernels for.
-
-    Raises:
-        UnsupportedError: `device` is not the CPU.
-    """
-    if device.type != "cpu":
-        from fi_backend.errors import UnsupportedError
-
-        raise UnsupportedError(
-            f"{operation}: tensors on {device.type} are not supported yet by this version; "
-            f"got device={device}, expected cpu"
-        )

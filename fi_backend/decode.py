@@ -140,11 +140,12 @@ def fast_decode_plan(
 ) -> None:
     """Plan a step of a decode wrapper; engines put this in the place of its begin_forward().
 
-    Our plan() copies nothing that this could save, so both do the same.
+    Our plan() waits for nothing that this could save, so both do the same.
 
     Args:
         self: the wrapper. The other arguments are those of its plan(), and
-        global_override_indptr_cpu: int32 [batch_size + 1], a host copy of `indptr`; it must agree.
+        global_override_indptr_cpu: int32 [batch_size + 1], a host copy of `indptr`; it must agree,
+            which is checked where `indptr` is on the host.
 
     Raises:
         TypeError, ValueError: as plan(); also if q_len_per_req > 1 and no plan() came before.

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from fi_backend.batch import PagedBatch
-from fi_backend.checks import check_cpu
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
-from fi_backend.kernels import host_plan as planner
+from fi_backend.kernels import device_plan, host_plan
 from fi_backend.kernels.batch_check import check_batch
 from fi_backend.spec import AttentionSpec, Geometry, supports
 from fi_backend.workspace import Workspace
 
-__all__ = ["Plan", "plan", "workspace_bytes"]
+__all__ = ["Plan", "default_workers", "plan", "workspace_bytes"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ class Plan:
         buffer: int32 work line and piece table.
         partials: float32 scratch for the results of cut query tiles.
         num_workers: workers the line was divided among.
-        num_tokens: query rows that the batch covers.
-        num_ragged_rows: rows of k and v that a ragged batch covers; 0 for a paged one.
+        num_tokens: query rows that the batch covers; None on a GPU, where the host does not know.
+        num_ragged_rows: rows of k and v that a ragged batch covers; 0 for a paged one, and on a
+            GPU.
     """
 
     geometry: Geometry
@@ -43,38 +43,59 @@ class Plan:
     buffer: torch.Tensor
     partials: torch.Tensor
     num_workers: int
-    num_tokens: int
+    num_tokens: int | None
     num_ragged_rows: int
 
 
-def _partial_floats(spec: AttentionSpec, num_workers: int) -> int:
+def _partial_floats(
+    spec: AttentionSpec, device: torch.device, num_workers: int, split_tokens: int
+) -> int:
     return attention_kernels.partial_floats(
+        device_type=device.type,
         num_workers=num_workers,
-        num_qo_heads=spec.num_qo_heads,
-        num_kv_heads=spec.num_kv_heads,
+        split=split_tokens,
+        q_dtype=spec.q_dtype,
+        kv_dtype=spec.kv_dtype,
+        o_dtype=spec.o_dtype,
         head_dim_qk=spec.head_dim_qk,
         head_dim_vo=spec.head_dim_vo,
     )
 
 
+def default_workers(device: torch.device) -> int:
+    """Threads on the CPU; on a GPU the thread blocks of the few-row kernel that run at a time."""
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
 def workspace_bytes(
-    spec: AttentionSpec, max_reqs: int, max_tokens: int, num_workers: int | None = None
+    spec: AttentionSpec,
+    max_reqs: int,
+    max_tokens: int,
+    num_workers: int | None = None,
+    device: torch.device | str = "cpu",
+    split_tokens: int = 0,
 ) -> int:
     """Bytes that planning and running `spec` need at most, from capacities alone.
 
     Args:
         spec: the layer.
         max_reqs: most requests of a step.
-        max_tokens: most query rows of a step; the bound does not grow with it on the CPU.
-        num_workers: threads; torch.get_num_threads() if None.
+        max_tokens: most query rows of a step; the bound does not grow with it.
+        num_workers: as for plan().
+        device: where the step runs.
+        split_tokens: as for plan(); on a GPU, n > 0 needs more.
     """
     if max_reqs < 0 or max_tokens < 0:
         raise ValueError(
             f"max_reqs and max_tokens must be at least 0; got {max_reqs} and {max_tokens}"
         )
-    workers = torch.get_num_threads() if num_workers is None else num_workers
+    device = torch.device(device)
+    workers = default_workers(device) if num_workers is None else num_workers
+    planner = host_plan if device.type == "cpu" else device_plan
     ints = planner.plan_buffer_ints(max_reqs=max_reqs, num_workers=workers)
-    return 4 * (ints + _partial_floats(spec, workers))
+    return 4 * (ints + _partial_floats(spec, device, workers, split_tokens))
 
 
 def plan(
@@ -88,12 +109,17 @@ def plan(
 ) -> Plan:
     """Divide the work of `batch` among workers.
 
+    On a GPU this is one launch on the current stream: no length is read by the host, nothing is
+    synchronised, and a CUDA graph that holds it plans anew whenever it is replayed. Lengths that
+    decrease `qo_indptr` or are negative then count as empty.
+
     Args:
         spec: the layer, or any of the layers that share its geometry.
         batch: the step; validated here, before any kernel reads it.
         workspace: scratch memory on the batch's device.
         into: a plan whose buffer is refilled if it is large enough; its earlier contents are gone.
-        num_workers: threads to divide among; torch.get_num_threads() if None.
+        num_workers: threads, or thread blocks of a GPU, to divide among. None for
+            torch.get_num_threads(), or two blocks for each multiprocessor.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
             -1 never cuts them: either makes a request's bits independent of its batch mates.
 
@@ -101,7 +127,6 @@ def plan(
         UnsupportedError: `spec` cannot run on the batch's device.
         TypeError, ValueError: a tensor of the batch has a wrong dtype, shape, device or value.
     """
-    check_cpu("plan", batch.device)
     reason = supports(spec, batch.device.type)
     if reason is not None:
         raise UnsupportedError(f"plan: {reason}")
@@ -111,26 +136,23 @@ def plan(
         )
     if split_tokens < -1:
         raise ValueError(f"split_tokens must be at least -1; got {split_tokens}")
-    workers = torch.get_num_threads() if num_workers is None else num_workers
+    device = batch.device
+    workers = default_workers(device) if num_workers is None else num_workers
     if workers < 1:
         raise ValueError(f"num_workers must be at least 1; got {workers}")
     batch.validate(spec.page_size)
-    num_tokens = check_batch(
-        qo_indptr=batch.qo_indptr,
-        kv_lens=batch.kv_lens,
-        max_kv_len=batch.max_kv_len(spec.page_size),
-        page_indptr=batch.page_indptr,
-        num_page_indices=None if batch.page_indices is None else batch.page_indices.shape[0],
-        page_size=spec.page_size,
-    )
+    on_host = device.type == "cpu"
+    num_tokens = _check_values(batch, spec.page_size) if on_host else None
 
+    planner = host_plan if on_host else device_plan
     ints = planner.plan_buffer_ints(max_reqs=batch.num_requests, num_workers=workers)
-    if into is not None and into.buffer.numel() >= ints:
+    if into is not None and into.buffer.numel() >= ints and into.buffer.device == device:
         buffer = into.buffer
     else:
-        buffer = torch.empty(ints, dtype=torch.int32, device=batch.device)
+        buffer = torch.empty(ints, dtype=torch.int32, device=device)
     geometry = spec.geometry
-    planner.host_plan(
+    make_plan = host_plan.host_plan if on_host else device_plan.device_plan
+    make_plan(
         plan_buffer=buffer,
         qo_indptr=batch.qo_indptr,
         kv_lens=batch.kv_lens,
@@ -150,8 +172,20 @@ def plan(
         geometry=geometry,
         batch=batch,
         buffer=buffer,
-        partials=workspace.partials(_partial_floats(spec, workers)),
+        partials=workspace.partials(_partial_floats(spec, device, workers, split_tokens)),
         num_workers=workers,
         num_tokens=num_tokens,
-        num_ragged_rows=batch.num_ragged_rows,
+        num_ragged_rows=batch.num_ragged_rows if on_host else 0,
+    )
+
+
+def _check_values(batch: PagedBatch, page_size: int) -> int:
+    """Check offsets and lengths on the host; return the number of query rows."""
+    return check_batch(
+        qo_indptr=batch.qo_indptr,
+        kv_lens=batch.kv_lens,
+        max_kv_len=batch.max_kv_len(page_size),
+        page_indptr=batch.page_indptr,
+        num_page_indices=None if batch.page_indices is None else batch.page_indices.shape[0],
+        page_size=page_size,
     )

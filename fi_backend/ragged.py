@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fi_backend._arguments import PagedCache, ragged_cache, refuse
-from fi_backend._page_table import check_indptr, check_lens, fill
+from fi_backend._page_table import check_indptr, check_lens
 from fi_backend._prefill_options import PrefillOptions
 from fi_backend._prefill_wrapper import PrefillWrapper
 from fi_backend.batch import PagedBatch
@@ -18,12 +18,16 @@ __all__ = ["BatchPrefillWithRaggedKVCacheWrapper"]
 class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
     """Prefill attention where the keys of the requests lie one after the other in one tensor.
 
+    It works where float_workspace_buffer is, on the CPU or on a GPU. On a GPU run() only launches;
+    so does plan() if it gets tensors of that GPU, which it checks by shape alone.
+
     Args:
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; one that is too small is
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the buffers below, whose sizes fix the batch size; the
-            first plan() fixes the most rows.
+            first plan() fixes the most rows. A run() that a CUDA graph has captured then follows
+            every later plan().
         qo_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         kv_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         custom_mask_buf: uint8 [most mask bytes], with use_cuda_graph and custom masks.
@@ -55,7 +59,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             custom_mask_buf,
             mask_indptr_buf,
         )
-        self._num_keys = 0
+        self._num_keys = 0  # of the planned step, as far as the host knows
         self._buffers = self._fixed_buffers(
             qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf
         )
@@ -103,7 +107,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         """Plan a step. Every layer with these heads then shares the plan.
 
         Args:
-            qo_indptr: int32 [batch_size + 1], first query row of each request.
+            qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
+                are each on the wrapper's device or on the host.
             kv_indptr: int32 [batch_size + 1], first key of each request.
             num_qo_heads: query heads, a multiple of num_kv_heads.
             num_kv_heads: key/value heads.
@@ -120,22 +125,25 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             UnsupportedError: the combination is not served.
         """
         options = PrefillOptions.from_arguments(locals())
-        kv_indptr = check_indptr(self._name, "kv_indptr", kv_indptr)
-        kv_lens = kv_indptr[1:] - kv_indptr[:-1]
-        qo_lens = self._check_qo_indptr(qo_indptr, kv_lens.shape[0])
+        kv_indptr = check_indptr("kv_indptr", kv_indptr, self._device)
+        batch_size = kv_indptr.shape[0] - 1
+        kv_lens = kv_indptr[1:] - kv_indptr[:-1] if kv_indptr.is_cpu else None
+        num_keys = int(kv_indptr[-1]) if kv_indptr.is_cpu else 0
+        qo_lens = self._check_qo_indptr(qo_indptr, batch_size)
         options.check(self._name, qo_lens, kv_lens)
         check_lens("v_indptr", v_indptr, kv_indptr, "kv_indptr")
         check_lens("o_indptr", o_indptr, qo_indptr, "qo_indptr")
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim_qk, page_size=1)
-        mask, mask_indptr = options.mask(qo_lens, kv_lens)
         if self._buffers:
-            self._check_batch_size(kv_lens.shape[0], self._buffers[1].shape[0] - 1)
-            self._check_capacity(int(qo_indptr[-1]))
-            qo_indptr = fill("qo_indptr", self._buffers[0], qo_indptr)
-            kv_indptr = fill("kv_indptr", self._buffers[1], kv_indptr)
-        batch = PagedBatch(qo_indptr.contiguous(), kv_lens, page_indptr=kv_indptr)
-        self._plan_step(options, spec, batch, mask, mask_indptr)
-        self._num_keys = int(kv_indptr[-1])
+            self._check_batch_size(batch_size, self._buffers[1].shape[0] - 1)
+            self._check_capacity(None if qo_lens is None else int(qo_lens.sum()))
+        qo_indptr, kv_indptr = self._stage(
+            options.non_blocking, qo_indptr=qo_indptr, kv_indptr=kv_indptr
+        )
+        lens = kv_indptr[1:] - kv_indptr[:-1] if kv_lens is None else kv_lens
+        batch = PagedBatch(qo_indptr, self._stage_lens(lens), page_indptr=kv_indptr)
+        self._plan_step(options, spec, batch, qo_lens, kv_lens)
+        self._num_keys = num_keys
 
     begin_forward = plan
 

@@ -9,10 +9,36 @@ import torch
 
 __all__ = ["AttentionSpec", "Geometry", "supports"]
 
-_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CACHE_DTYPES = (*_QUERY_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
-_MAX_HEAD_DIM = 512
-_HEAD_DIM_STEP = 8
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the kernels of one kind of device take."""
+
+    device: str
+    query_dtypes: tuple[torch.dtype, ...]
+    mixes_dtypes: bool  # a cache of another float dtype than q
+    head_dim_step: int
+    max_head_dim: int
+    rope: bool
+
+    def cache_dtypes(self, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        return (*(_FLOATS if self.mixes_dtypes else (q_dtype,)), *_FP8)
+
+
+_LIMITS = {
+    "cpu": _Limits("cpu", _FLOATS, mixes_dtypes=True, head_dim_step=8, max_head_dim=512, rope=True),
+    "cuda": _Limits(
+        "cuda",
+        (torch.bfloat16, torch.float16),
+        mixes_dtypes=False,
+        head_dim_step=32,
+        max_head_dim=256,
+        rope=False,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -111,16 +137,20 @@ class AttentionSpec:
         return _geometries.setdefault(geometry, geometry)
 
 
-def _head_dim_reason(name: str, value: int) -> str | None:
-    if 0 < value <= _MAX_HEAD_DIM and value % _HEAD_DIM_STEP == 0:
+def _head_dim_reason(name: str, value: int, limits: _Limits) -> str | None:
+    step, largest = limits.head_dim_step, limits.max_head_dim
+    if 0 < value <= largest and value % step == 0:
         return None
-    return f"{name} must be a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; got {value}"
+    return f"{name} must be a multiple of {step} up to {largest} on {limits.device}; got {value}"
 
 
-def _dtype_reason(name: str, value: torch.dtype, allowed: tuple[torch.dtype, ...]) -> str | None:
+def _dtype_reason(
+    name: str, value: torch.dtype, allowed: tuple[torch.dtype, ...], limits: _Limits
+) -> str | None:
     if value in allowed:
         return None
-    return f"{name} must be one of {', '.join(str(dtype) for dtype in allowed)}; got {value}"
+    names = ", ".join(str(dtype) for dtype in allowed)
+    return f"{name} must be one of {names} on {limits.device}; got {value}"
 
 
 def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
@@ -128,19 +158,20 @@ def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
 
     This is the one place that knows limits; adapters ask it instead of repeating them.
     """
-    if device_type != "cpu":
-        return f"device must be cpu in this version; got {device_type}"
+    if device_type not in _LIMITS:
+        return f"device must be cpu or cuda; got {device_type}"
+    limits = _LIMITS[device_type]
     if spec.num_kv_heads < 1 or spec.num_qo_heads < 1 or spec.num_qo_heads % spec.num_kv_heads:
         return (
             "num_qo_heads must be a positive multiple of num_kv_heads; "
             f"got num_qo_heads={spec.num_qo_heads}, num_kv_heads={spec.num_kv_heads}"
         )
     reasons = (
-        _head_dim_reason("head_dim_qk", spec.head_dim_qk),
-        _head_dim_reason("head_dim_vo", spec.head_dim_vo),
-        _dtype_reason("q_dtype", spec.q_dtype, _QUERY_DTYPES),
-        _dtype_reason("kv_dtype", spec.kv_dtype, _CACHE_DTYPES),
-        _dtype_reason("o_dtype", spec.o_dtype, _QUERY_DTYPES),
+        _head_dim_reason("head_dim_qk", spec.head_dim_qk, limits),
+        _head_dim_reason("head_dim_vo", spec.head_dim_vo, limits),
+        _dtype_reason("q_dtype", spec.q_dtype, limits.query_dtypes, limits),
+        _dtype_reason("kv_dtype", spec.kv_dtype, limits.cache_dtypes(spec.q_dtype), limits),
+        _dtype_reason("o_dtype", spec.o_dtype, _FLOATS, limits),
     )
     for reason in reasons:
         if reason is not None:
@@ -157,6 +188,11 @@ def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
         return (
             "rope_theta must be at least 0 and rope_scale above 0; "
             f"got rope_theta={spec.rope_theta}, rope_scale={spec.rope_scale}"
+        )
+    if spec.rope_theta > 0.0 and not limits.rope:
+        return (
+            f"rope_theta must be 0 on {device_type}: rotate q and k before, with fi_backend's rope "
+            f"functions; got {spec.rope_theta}"
         )
     if spec.rope_theta > 0.0 and spec.head_dim_qk % 2:
         return f"head_dim_qk must be even for rope; got {spec.head_dim_qk}"

@@ -24,9 +24,9 @@ class Workspace:
             device: where plans run.
             buffer: contiguous scratch of any dtype on `device`, aligned to 4 bytes.
         """
-        self.device = torch.device(device)
         if buffer is None:
-            buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self.device = buffer.device
         scratch = buffer.reshape(-1).view(torch.uint8)
         self._partials = scratch[: scratch.numel() // 4 * 4].view(torch.float32)
 

@@ -78,7 +78,7 @@ def test_alibi_rope_and_sinks() -> None:
     table = case.paged(4)
     wrapper = make_wrapper()
     plan(wrapper, case, table, 4, causal=True, pos_encoding_mode="ALIBI")
-    expected = case.expected(causal=True, alibi_slopes=alibi_slopes(4))
+    expected = case.expected(causal=True, alibi_slopes=alibi_slopes(4, torch.device("cpu")))
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
     rope = {"rope_scale": 2.0, "rope_theta": 5e3}
@@ -313,7 +313,9 @@ def test_single_prefill_options() -> None:
     out, lse = fi.single_prefill_with_kv_cache_return_lse(
         *args, logits_soft_cap=4.0, k_scale=2.0, v_scale=0.5, pos_encoding_mode="ALIBI"
     )
-    wanted = case.expected(logits_soft_cap=4.0, sm_scale=0.25, alibi_slopes=alibi_slopes(4))
+    wanted = case.expected(
+        logits_soft_cap=4.0, sm_scale=0.25, alibi_slopes=alibi_slopes(4, torch.device("cpu"))
+    )
     assert_state((out, lse), (0.5 * wanted[0], wanted[1]), 3e-5)
 
 

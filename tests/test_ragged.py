@@ -78,7 +78,11 @@ def test_scales_act_on_q_k_and_v() -> None:
     wrapper = make_wrapper()
     plan(wrapper, case, causal=True, pos_encoding_mode="ALIBI")
     got = wrapper.run_return_lse(case.rows, *case.ragged(), q_scale=0.5, k_scale=3.0, v_scale=2.0)
-    options = {"causal": True, "sm_scale": 1.5 / 8, "alibi_slopes": alibi_slopes(4)}
+    options = {
+        "causal": True,
+        "sm_scale": 1.5 / 8,
+        "alibi_slopes": alibi_slopes(4, torch.device("cpu")),
+    }
     out, lse = case.expected(**options)
     assert_state(got, (2.0 * out, lse), 3e-5)
 

@@ -56,7 +56,23 @@ def test_every_limit_is_named(change: dict[str, object], words: tuple[str, ...])
         assert word in reason
 
 
-def test_other_devices_are_refused() -> None:
-    reason = supports(SPEC, "cuda")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q_dtype": torch.float32}, ("q_dtype", "torch.float16", "cuda", "torch.float32")),
+        ({"kv_dtype": torch.float16}, ("kv_dtype", "torch.bfloat16", "cuda", "torch.float16")),
+        ({"head_dim_qk": 72}, ("head_dim_qk", "multiple of 32", "cuda", "72")),
+        ({"head_dim_vo": 288}, ("head_dim_vo", "256", "cuda", "288")),
+        ({"rope_theta": 1e4}, ("rope_theta", "cuda", "10000.0")),
+    ],
+)
+def test_limits_of_cuda_are_named(change: dict[str, object], words: tuple[str, ...]) -> None:
+    assert supports(SPEC, "cuda") is None
+    reason = supports(dataclasses.replace(SPEC, **change), "cuda")
     assert reason is not None
-    assert "cuda" in reason
+    for word in words:
+        assert word in reason
+
+
+def test_other_devices_are_refused() -> None:
+    assert supports(SPEC, "mps") == "device must be cpu or cuda; got mps"

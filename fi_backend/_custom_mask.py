@@ -1,0 +1,121 @@
+"""Custom attention masks: from FlashInfer's two forms to the bits that kernels read."""
+
+from __future__ import annotations
+
+import torch
+
+from fi_backend._page_table import to_device
+from fi_backend.checks import check_tensor
+from fi_backend.quantization import segment_packbits
+
+__all__ = ["resolve_mask"]
+
+
+def resolve_mask(
+    custom_mask: torch.Tensor | None,
+    packed_custom_mask: torch.Tensor | None,
+    qo_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Bring a custom mask into the form kernels read.
+
+    Sizes are checked where both lengths are on the host; lengths on a device are not read back.
+
+    Args:
+        custom_mask: bool, qo_len x kv_len elements of every request in turn, or None.
+        packed_custom_mask: uint8 [num_bytes], packed already; it takes precedence.
+        qo_lens: int32 [batch_size].
+        kv_lens: int32 [batch_size], where qo_lens is: on the host or on `device`.
+        device: where the step runs.
+
+    Returns:
+        (packed, mask_indptr) on `device`: uint8 bits, lowest first, every request at a byte of its
+        own, and int32 [batch_size + 1] byte offsets; (None, None) if there is no mask.
+    """
+    if custom_mask is None and packed_custom_mask is None:
+        return None, None
+    sizes = qo_lens.to(torch.int64) * kv_lens.to(torch.int64)
+    first_byte = _starts((sizes + 7) // 8)
+    if sizes.is_cpu and int(first_byte[-1]) > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"custom_mask must pack into fewer than 2**31 bytes; got {int(first_byte[-1])}"
+        )
+    if packed_custom_mask is None:
+        assert custom_mask is not None
+        name, packed = "custom_mask", _pack(custom_mask, sizes, first_byte, device)
+    else:
+        name, packed = "packed_custom_mask", _checked(packed_custom_mask, first_byte)
+    mask_indptr = first_byte.to(torch.int32)
+    return to_device(name, packed, device), to_device("mask_indptr", mask_indptr, device)
+
+
+def _starts(sizes: torch.Tensor) -> torch.Tensor:
+    """Offsets int64 [n + 1] of n pieces that lie one after the other."""
+    return torch.nn.functional.pad(torch.cumsum(sizes, 0), (1, 0))
+
+
+def _checked(packed: torch.Tensor, first_byte: torch.Tensor) -> torch.Tensor:
+    """Check a mask that the caller has packed; return it dense."""
+    check_tensor("packed_custom_mask", packed, shape=(None,), dtype=torch.uint8)
+    if first_byte.is_cpu and packed.shape[0] < int(first_byte[-1]):
+        raise ValueError(
+            f"packed_custom_mask must have {int(first_byte[-1])} bytes, qo_len x kv_len bits of "
+            f"every request rounded up to bytes; got {packed.shape[0]}"
+        )
+    return packed.contiguous()
+
+
+def _pack(
+    mask: torch.Tensor, sizes: torch.Tensor, first_byte: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Pack flattened masks of `sizes` elements each, where the mask is or where the step runs."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"custom_mask must be a torch.Tensor of dtype torch.bool; "
+            f"got {getattr(mask, 'dtype', type(mask).__name__)}"
+        )
+    mask = mask.reshape(-1)
+    if not sizes.is_cpu:
+        # Rounding up adds at most 7 bits a request.
+        num_bytes = (mask.numel() + 7 * sizes.numel()) // 8
+        return _pack_with_torch(
+            to_device("custom_mask", mask, device), sizes, first_byte, num_bytes
+        )
+    total = int(sizes.sum())
+    if mask.numel() != total:
+        raise ValueError(
+            f"custom_mask must have {total} elements, qo_len x kv_len of every request; "
+            f"got {mask.numel()}"
+        )
+    if mask.is_cpu:
+        return segment_packbits(mask, _starts(sizes), bitorder="little")[0]
+    num_bytes = int(first_byte[-1])
+    sizes, first_byte = (to_device("qo_indptr", x, device) for x in (sizes, first_byte))
+    return _pack_with_torch(mask, sizes, first_byte, num_bytes)
+
+
+def _pack_with_torch(
+    mask: torch.Tensor, sizes: torch.Tensor, first_byte: torch.Tensor, num_bytes: int
+) -> torch.Tensor:
+    """Pack with torch operations on the mask's device, of which none waits for it.
+
+    Args:
+        mask: bool [sum of sizes].
+        sizes: int64 [batch_size].
+        first_byte: int64 [batch_size + 1], of each request in the result.
+        num_bytes: of the result, at least first_byte[-1]; bytes of no request are 0.
+    """
+    packed = torch.zeros(num_bytes, dtype=torch.uint8, device=mask.device)
+    if mask.numel() == 0 or sizes.numel() == 0:
+        return packed
+    byte = torch.arange(num_bytes, device=mask.device)
+    request = torch.searchsorted(first_byte, byte, right=True).sub_(1).clamp_(max=len(sizes) - 1)
+    first_element = _starts(sizes)
+    element = first_element[request] + 8 * (byte - first_byte[request])
+    end = first_element[request + 1]
+    for bit in range(8):
+        # A size that does not fit the mask, which nobody can check here, must not be read.
+        value = mask[(element + bit).clamp_(0, mask.numel() - 1)] & (element + bit < end)
+        packed |= value.to(torch.uint8) << bit
+    return packed
