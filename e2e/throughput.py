@@ -2,8 +2,9 @@
 
     python -m e2e.throughput --engine vllm
 
-Both engines run all the time and take the same batches in turn, so that they see the same machine.
-A row is the median of the rounds, the ratio the median of each round's. JSON goes to
+Both engines of a pair run all the time and take the same batches in turn, so that they see the same
+machine; pairs start anew, because two processes of one engine differ by several percent. A row is
+the median of all rounds, the ratio the median of each round's. JSON goes to
 benchmarks/results/<machine>/e2e_vllm.json.
 """
 
@@ -120,15 +121,17 @@ def serve() -> None:
         print("ANSWER", json.dumps({**answer, "counters": counters}), flush=True)
 
 
-def measure(workload: Workload, rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """Run a workload in both engines in turn; return a row for each."""
-    folder = FI_TINY if workload.model == "fi-tiny" else make_model(workload.model, directory)
+Answers = dict[str, list[dict[str, Any]]]
+
+
+def run_pair(folder: Path, workload: Workload, rounds: int, directory: Path) -> Answers:
+    """Start both engines, run a workload in them in turn, return what each one answered."""
     engines = {
         name: Engine(folder, workload.dtype, backend, directory / f"{name}.log")
         for name, backend in BACKENDS.items()
     }
     try:
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        results: Answers = {name: [] for name in engines}
         for _ in range(rounds + 1):
             for name, engine in engines.items():
                 results[name].append(engine.run(workload))
@@ -139,9 +142,21 @@ def measure(workload: Workload, rounds: int, directory: Path) -> list[dict[str, 
         raise RuntimeError("our kernels have not served the engine that asked for them")
     if results["stock"][-1]["counters"]["attention_runs"]:
         raise RuntimeError("our kernels have served the stock engine")
+    return {name: answers[1:] for name, answers in results.items()}
+
+
+def measure(workload: Workload, pairs: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
+    """Run a workload in `pairs` pairs of engines; return a row for each backend."""
+    folder = FI_TINY if workload.model == "fi-tiny" else make_model(workload.model, directory)
+    results: Answers = {name: [] for name in BACKENDS}
+    for _ in range(pairs):
+        for name, answers in run_pair(folder, workload, rounds, directory).items():
+            results[name] += answers
+    ours, stock = ([answer["seconds"] for answer in results[name]] for name in BACKENDS)
+    ratio = statistics.median(b / a for a, b in zip(ours, stock, strict=True))
     rows = []
     for name, answers in results.items():
-        seconds = statistics.median(answer["seconds"] for answer in answers[1:])
+        seconds = statistics.median(answer["seconds"] for answer in answers)
         tokens = sum(len(one) for one in answers[-1]["tokens"])
         rows.append(
             {
@@ -149,11 +164,10 @@ def measure(workload: Workload, rounds: int, directory: Path) -> list[dict[str, 
                 "backend": name,
                 "us": seconds * 1e6,
                 "out_tps": tokens / seconds,
+                "tps_over_stock": ratio if name == "fi_backend" else 1.0,
             }
         )
     same = results["fi_backend"][-1]["tokens"] == results["stock"][-1]["tokens"]
-    ours, stock = ([answer["seconds"] for answer in results[name][1:]] for name in BACKENDS)
-    ratio = statistics.median(b / a for a, b in zip(ours, stock, strict=True))
     print(
         f"{workload.name:40} {rows[0]['out_tps']:8.0f} {rows[1]['out_tps']:8.0f} tok/s  "
         f"{ratio:5.3f}x  {'same tokens' if same else 'other tokens'}",
@@ -167,7 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m e2e.throughput", description=__doc__)
     parser.add_argument("--engine", choices=("vllm",), default="vllm")
     parser.add_argument("--workloads", default="", help="only those whose name contains this text")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of engines")
+    parser.add_argument("--rounds", type=int, default=4, help="batches for each engine of a pair")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -179,7 +194,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for workload in workloads():
             if arguments.workloads in workload.name:
-                rows += measure(workload, arguments.rounds, Path(directory))
+                rows += measure(workload, arguments.pairs, arguments.rounds, Path(directory))
     if not arguments.no_write:
         conditions = {
             "routine": "e2e_vllm",

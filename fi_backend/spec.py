@@ -83,6 +83,7 @@ class AttentionSpec:
         custom_mask: run() gets a packed mask, which takes the place of the causal one.
         rope_theta: > 0 rotates q and the unrotated keys inside the kernel (half-split layout).
         rope_scale: divides positions when rope_theta > 0.
+        geometry: what plans depend on; equal geometries are one object, so that they compare fast.
     """
 
     num_qo_heads: int
@@ -102,6 +103,7 @@ class AttentionSpec:
     custom_mask: bool = False
     rope_theta: float = 0.0
     rope_scale: float = 1.0
+    geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         defaults = {
@@ -113,15 +115,6 @@ class AttentionSpec:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per key/value head."""
-        return self.num_qo_heads // self.num_kv_heads
-
-    @property
-    def geometry(self) -> Geometry:
-        """What plans depend on. Equal geometries are one object, so that they compare fast."""
         geometry = Geometry(
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
@@ -134,7 +127,12 @@ class AttentionSpec:
             window_left=self.window_left,
             rope=self.rope_theta > 0,
         )
-        return _geometries.setdefault(geometry, geometry)
+        object.__setattr__(self, "geometry", _geometries.setdefault(geometry, geometry))
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_qo_heads // self.num_kv_heads
 
 
 def _head_dim_reason(name: str, value: int, limits: _Limits) -> str | None:

@@ -37,6 +37,11 @@ class Workspace:
         return self._partials
 
     @property
+    def scratch(self) -> torch.Tensor:
+        """What partials() has last returned, or would return for fewer floats."""
+        return self._partials
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held now."""
         return self._partials.numel() * self._partials.element_size()
