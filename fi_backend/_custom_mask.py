@@ -17,6 +17,8 @@ def resolve_mask(
     qo_lens: torch.Tensor,
     kv_lens: torch.Tensor,
     device: torch.device,
+    *,
+    non_blocking: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Bring a custom mask into the form kernels read.
 
@@ -28,6 +30,7 @@ def resolve_mask(
         qo_lens: int32 [batch_size].
         kv_lens: int32 [batch_size], where qo_lens is: on the host or on `device`.
         device: where the step runs.
+        non_blocking: do not wait for copies of masks on the host.
 
     Returns:
         (packed, mask_indptr) on `device`: uint8 bits, lowest first, every request at a byte of its
@@ -43,11 +46,14 @@ def resolve_mask(
         )
     if packed_custom_mask is None:
         assert custom_mask is not None
-        name, packed = "custom_mask", _pack(custom_mask, sizes, first_byte, device)
+        name, packed = "custom_mask", _pack(custom_mask, sizes, first_byte, device, non_blocking)
     else:
         name, packed = "packed_custom_mask", _checked(packed_custom_mask, first_byte)
     mask_indptr = first_byte.to(torch.int32)
-    return to_device(name, packed, device), to_device("mask_indptr", mask_indptr, device)
+    return (
+        to_device(name, packed, device, non_blocking=non_blocking),
+        to_device("mask_indptr", mask_indptr, device),
+    )
 
 
 def _starts(sizes: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,11 @@ def _checked(packed: torch.Tensor, first_byte: torch.Tensor) -> torch.Tensor:
 
 
 def _pack(
-    mask: torch.Tensor, sizes: torch.Tensor, first_byte: torch.Tensor, device: torch.device
+    mask: torch.Tensor,
+    sizes: torch.Tensor,
+    first_byte: torch.Tensor,
+    device: torch.device,
+    non_blocking: bool,
 ) -> torch.Tensor:
     """Pack flattened masks of `sizes` elements each, where the mask is or where the step runs."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -79,9 +89,8 @@ def _pack(
     if not sizes.is_cpu:
         # Rounding up adds at most 7 bits a request.
         num_bytes = (mask.numel() + 7 * sizes.numel()) // 8
-        return _pack_with_torch(
-            to_device("custom_mask", mask, device), sizes, first_byte, num_bytes
-        )
+        mask = to_device("custom_mask", mask, device, non_blocking=non_blocking)
+        return _pack_with_torch(mask, sizes, first_byte, num_bytes)
     total = int(sizes.sum())
     if mask.numel() != total:
         raise ValueError(
@@ -91,7 +100,7 @@ def _pack(
     if mask.is_cpu:
         return segment_packbits(mask, _starts(sizes), bitorder="little")[0]
     num_bytes = int(first_byte[-1])
-    sizes, first_byte = (to_device("qo_indptr", x, device) for x in (sizes, first_byte))
+    mask, sizes, first_byte = (to_device("qo_indptr", x, device) for x in (mask, sizes, first_byte))
     return _pack_with_torch(mask, sizes, first_byte, num_bytes)
 
 

@@ -56,7 +56,8 @@ def check_metadata(
     """
     check_tensor(name, tensor, shape=shape, dtype=torch.int32)
     if not tensor.is_cpu and tensor.device != device:
-        raise ValueError(f"{name} must be on the CPU or on {device}; got {tensor.device}")
+        allowed = "the CPU" if device.type == "cpu" else f"the CPU or on {device}"
+        raise ValueError(f"{name} must be on {allowed}; got {tensor.device}")
 
 
 def check_indptr(

@@ -79,7 +79,14 @@ class PrefillOptions:
 
         Both lengths are on the host, or both on `device`.
         """
-        return resolve_mask(self.custom_mask, self.packed_custom_mask, qo_lens, kv_lens, device)
+        return resolve_mask(
+            self.custom_mask,
+            self.packed_custom_mask,
+            qo_lens,
+            kv_lens,
+            device,
+            non_blocking=self.non_blocking,
+        )
 
     def split_tokens(self, page_size: int) -> int:
         return split_tokens(self.fixed_split_size, self.disable_split_kv, page_size)

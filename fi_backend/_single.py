@@ -25,22 +25,23 @@ from fi_backend.workspace import Workspace
 __all__ = ["single_attention"]
 
 
-class _Scratch(threading.local):
-    """Scratch memory of a thread; calls of several threads or streams may overlap."""
+class _HostScratch(threading.local):
+    """Scratch memory that the calls of one thread share."""
 
     def __init__(self) -> None:
-        self._workspaces: dict[tuple[torch.device, int], Workspace] = {}
-
-    def workspace(self, device: torch.device) -> Workspace:
-        """Return the one of `device` and its current stream."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        workspace = self._workspaces.get((device, stream))
-        if workspace is None:
-            workspace = self._workspaces[device, stream] = Workspace(device)
-        return workspace
+        self.workspace = Workspace()
 
 
-_scratch = _Scratch()
+_host_scratch = _HostScratch()
+
+
+def _workspace(device: torch.device) -> Workspace:
+    """Return scratch memory for one call.
+
+    On a GPU it is new: torch's allocator reuses memory in the order of the stream, and a CUDA graph
+    that captures the call gets memory that nobody else uses.
+    """
+    return _host_scratch.workspace if device.type == "cpu" else Workspace(device)
 
 
 def single_attention(
@@ -107,7 +108,7 @@ def single_attention(
         torch.tensor([kv_len], device="cpu"),
         q.device,
     )
-    step = plan(spec, batch, _scratch.workspace(q.device))
+    step = plan(spec, batch, _workspace(q.device))
     return layer.run(
         replace(step, num_tokens=q.shape[0], num_ragged_rows=kv_len),
         q,

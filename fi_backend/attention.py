@@ -261,8 +261,8 @@ class PagedAttention:
             check_tensor(
                 "mask_indptr", mask_indptr, shape=(requests + 1,), dtype=torch.int32, device=device
             )
-            # A compiler sees no values; the eager run before it has checked them.
-            is_known = not torch.compiler.is_compiling()
+            # A compiler sees no values, and reading one on a device would wait for it.
+            is_known = mask_indptr.is_cpu and not torch.compiler.is_compiling()
             if is_known and int(mask_indptr[-1]) > custom_mask.shape[0]:
                 raise ValueError(
                     f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; "

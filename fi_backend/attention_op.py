@@ -22,6 +22,7 @@ def _attention(
     **arguments: Any,
 ) -> None:
     kernels = attention_kernels.load(
+        device_type=q.device.type,
         q_dtype=q.dtype,
         kv_dtype=k_cache.dtype,
         o_dtype=out.dtype,

@@ -67,7 +67,8 @@ class BatchAttention:
 
         Args:
             qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
-                three are each on the device or on the host.
+                three are each on the device or on the host; pinned memory among them must stay as
+                it is until the device has read it.
             kv_indptr: int32 [batch_size + 1], first entry of each request in `kv_indices`.
             kv_indices: int32 [num_pages_used], page ids.
             kv_len_arr: int32 [batch_size], cached tokens of each request.
@@ -114,7 +115,9 @@ class BatchAttention:
             rope_scale=None,
             rope_theta=None,
         )
-        layer = PagedAttention(spec, device)
+        layer = self._layer
+        if layer is None or layer.spec != spec:
+            layer = PagedAttention(spec, device)
         batch = PagedBatch(
             to_device("qo_indptr", qo_indptr, device),
             to_device("kv_len_arr", kv_len_arr, device).contiguous(),

@@ -114,7 +114,7 @@ class MultiLevelCascadeAttentionWrapper:
         logits_soft_cap: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: str = "float16",
+        q_data_type: str | torch.dtype = "float16",
         kv_data_type: str | torch.dtype | None = None,
     ) -> None:
         """Plan a step. Every layer with these heads and this cache form then shares the plan.

@@ -30,7 +30,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             every later plan().
         qo_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         kv_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
-        custom_mask_buf: uint8 [most mask bytes], with use_cuda_graph and custom masks.
+        custom_mask_buf: uint8 [most mask bytes], with use_cuda_graph and custom masks; one byte
+            more a request for masks that plan() packs by lengths on a GPU.
         mask_indptr_buf: int32 [batch_size + 1], with use_cuda_graph and custom masks.
         backend: "auto", "fa2" or "fa3"; one implementation serves all.
         jit_args, jit_kwargs: must be None.

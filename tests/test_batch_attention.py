@@ -1,4 +1,4 @@
-"""BatchAttention over mixed batches, and the wrapper that takes attention sinks."""
+"""BatchAttention over mixed batches, and the wrapper that takes attention sinks, on each device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from wrapper_cases import Case, PagedTable, assert_state, int32, make_case, workspace
+from wrapper_cases import (
+    Case,
+    PagedTable,
+    assert_state,
+    default_dtype,
+    int32,
+    make_case,
+    random_examples,
+    workspace,
+)
 
 import fi_backend as fi
 from fi_backend.errors import UnsupportedError
@@ -39,32 +48,32 @@ def plan(
     [{}, {"causal": True}, {"causal": True, "sm_scale": 0.3, "logits_soft_cap": 4.0}],
     ids=str,
 )
-def test_mixed_batches(kv_layout: str, form: str, options: dict[str, Any]) -> None:
+def test_mixed_batches(kv_layout: str, form: str, options: dict[str, Any], device: str) -> None:
     case = make_case([1, 40, 1, 0, 3], [300, 40, 9, 5, 1])
     table = case.paged(16, kv_layout, form)
-    attention = fi.BatchAttention(kv_layout, device="cpu")
+    attention = fi.BatchAttention(kv_layout, device)
     plan(attention, case, table, 16, **options)
     assert_state(attention.run(case.rows, table.cache), case.expected(**options))
 
 
-@settings(max_examples=20, deadline=None)
+@random_examples
 @given(
     lens=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 200)), min_size=1, max_size=8),
     group=st.sampled_from([1, 7]),
     causal=st.booleans(),
 )
-def test_random_batches(lens: list[tuple[int, int]], group: int, causal: bool) -> None:
+def test_random_batches(lens: list[tuple[int, int]], group: int, causal: bool, device: str) -> None:
     case = make_case([n for n, _ in lens], [n for _, n in lens], heads=(group, 1))
     table = case.paged(8)
-    attention = fi.BatchAttention(device="cpu")
+    attention = fi.BatchAttention(device=device)
     plan(attention, case, table, 8, causal=causal)
     assert_state(attention.run(case.rows, table.cache), case.expected(causal=causal))
 
 
-def test_outputs_and_scales() -> None:
+def test_outputs_and_scales(device: str) -> None:
     case = make_case([1, 9], [70, 20], head_dim=128, dtype=BF16)
     table = case.paged(16)
-    attention = fi.BatchAttention(device="cpu")
+    attention = fi.BatchAttention(device=device)
     plan(attention, case, table, 16, causal=True, logits_soft_cap=9.0)
     out, lse = torch.zeros_like(case.rows), torch.zeros(10, 4)
     scales = {"k_scale": torch.tensor(2.0), "v_scale": torch.tensor([0.5])}
@@ -102,11 +111,14 @@ def test_refusals() -> None:
 
 
 def sink_wrapper(**kwargs: Any) -> fi.BatchAttentionWithAttentionSinkWrapper:
-    given_kwargs = {"q_data_type": F32, "kv_data_type": F32, "head_dim_qk": 64, "head_dim_vo": 64}
+    dtype = default_dtype()
+    given_kwargs = {"q_data_type": dtype, "kv_data_type": dtype, "head_dim_qk": 64}
+    given_kwargs["head_dim_vo"] = 64
     return fi.BatchAttentionWithAttentionSinkWrapper(workspace(), **{**given_kwargs, **kwargs})
 
 
 @pytest.mark.parametrize("window_left", [-1, 13])
+@pytest.mark.usefixtures("device")
 def test_sink_wrapper(window_left: int) -> None:
     """run(q, cache, sink, sm_scale) as engines call it; the scale of run() counts."""
     case = make_case([1, 40, 0], [300, 40, 9])
@@ -114,7 +126,7 @@ def test_sink_wrapper(window_left: int) -> None:
     wrapper = sink_wrapper(window_left=window_left)
     args = (case.qo_indptr, table.indptr, table.indices, table.last_page_len, *case.heads, 16)
     options = {"causal": True, "window_left": window_left}
-    wrapper.plan(*args, q_data_type=F32, **options)
+    wrapper.plan(*args, q_data_type=case.rows.dtype, **options)
     sink = torch.tensor([-2.0, 0.0, 1.0, 4.0])
     expected = case.expected(sm_scale=0.2, sinks=sink, **options)
     got = wrapper.run(case.rows, table.cache, sink, 0.2, return_lse=True)

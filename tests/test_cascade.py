@@ -1,4 +1,4 @@
-"""Attention over shared prefixes, with FlashInfer's calls."""
+"""Attention over shared prefixes, with FlashInfer's calls, on each device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from wrapper_cases import Case, int32, make_case, workspace
+from wrapper_cases import Case, assert_out, default_dtype, int32, make_case, workspace
 
 import fi_backend as fi
 from fi_backend.errors import UnsupportedError
-
-F32 = torch.float32
 
 
 def cascade_case(shared: int, own: list[int], qo_lens: list[int], **kwargs: Any) -> Case:
@@ -32,6 +30,7 @@ def levels(case: Case, shared: int) -> tuple[Case, Case]:
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("device")
 def test_multi_level_cascade(kv_layout: str, causal: bool) -> None:
     """Two levels give what attention over the whole sequences gives."""
     page_size, shared, qo_lens = 4, 22, [1, 9, 3]
@@ -52,13 +51,13 @@ def test_multi_level_cascade(kv_layout: str, causal: bool) -> None:
         causal=causal,
         sm_scale=0.2,
         logits_soft_cap=8.0,
-        q_data_type="float32",
+        q_data_type=default_dtype(),
     )
     out = wrapper.run(case.rows, torch.cat(caches))
-    expected = case.expected(causal=causal, sm_scale=0.2, logits_soft_cap=8.0)[0]
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert_out(out, case.expected(causal=causal, sm_scale=0.2, logits_soft_cap=8.0)[0])
 
 
+@pytest.mark.usefixtures("device")
 def test_multi_level_cascade_in_graph_mode() -> None:
     buffers: dict[str, list[torch.Tensor]] = {
         "qo_indptr_buf_arr": [torch.zeros(2).int(), torch.zeros(3).int()],
@@ -78,13 +77,11 @@ def test_multi_level_cascade_in_graph_mode() -> None:
         [prefix.last_page_len, own.last_page_len],
         *case.heads,
         1,
-        q_data_type="float32",
+        q_data_type=default_dtype(),
     )
     assert torch.equal(buffers["paged_kv_indices_buf_arr"][1][:7], own.indices[:7] + first)
     cache = tuple(torch.cat(both) for both in zip(prefix.cache, own.cache, strict=True))
-    torch.testing.assert_close(
-        wrapper.run(case.rows, cache).double(), case.expected()[0], atol=1e-5, rtol=1e-5
-    )
+    assert_out(wrapper.run(case.rows, cache), case.expected()[0])
 
 
 def test_multi_level_cascade_refuses() -> None:
@@ -110,20 +107,22 @@ def test_multi_level_cascade_refuses() -> None:
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.usefixtures("device")
 def test_decode_with_shared_prefix(kv_layout: str) -> None:
     case = cascade_case(21, [17, 0, 6], [1, 1, 1])
     prefix, own = levels(case, 21)
     table = own.paged(4, kv_layout, "one")
     wrapper = fi.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(workspace(), kv_layout)
     wrapper.begin_forward(
-        table.indptr, table.indices, table.last_page_len, *case.heads, 4, data_type=F32
+        table.indptr, table.indices, table.last_page_len, *case.heads, 4, data_type=case.rows.dtype
     )
     out = wrapper.forward(case.rows, *prefix.ragged(kv_layout), table.cache)
-    torch.testing.assert_close(out.double(), case.expected()[0], atol=1e-5, rtol=1e-5)
+    assert_out(out, case.expected()[0])
     wrapper.end_forward()
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("device")
 def test_prefill_with_shared_prefix(causal: bool) -> None:
     case = cascade_case(21, [17, 4, 6], [5, 4, 1])
     prefix, own = levels(case, 21)
@@ -133,12 +132,11 @@ def test_prefill_with_shared_prefix(causal: bool) -> None:
         wrapper.forward(case.rows, *prefix.ragged(), table.cache)
     args = (case.qo_indptr, table.indptr, table.indices, table.last_page_len, *case.heads, 4)
     with pytest.raises(ValueError, match="paged_kv_indptr must never decrease"):
-        wrapper.begin_forward(args[0], -table.indptr, *args[2:])
+        wrapper.begin_forward(args[0], -table.indptr.cpu(), *args[2:])
     wrapper.begin_forward(*args)
     for sm_scale in (None, 0.3):
         out = wrapper.forward(
             case.rows, *prefix.ragged(), table.cache, causal=causal, sm_scale=sm_scale
         )
-        expected = case.expected(causal=causal, sm_scale=sm_scale)[0]
-        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+        assert_out(out, case.expected(causal=causal, sm_scale=sm_scale)[0])
     wrapper.end_forward()

@@ -1,4 +1,4 @@
-"""Decode attention with FlashInfer's calls: values."""
+"""Decode attention with FlashInfer's calls: values, on each device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from wrapper_cases import Case, assert_state, decode_wrapper, int32, make_case, plan_decode
+from wrapper_cases import (
+    Case,
+    assert_out,
+    assert_state,
+    decode_wrapper,
+    default_dtype,
+    int32,
+    make_case,
+    plan_decode,
+    random_examples,
+)
 
 import fi_backend as fi
 from fi_backend._arguments import alibi_slopes
@@ -22,6 +32,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("form", ["pair", "one"])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.usefixtures("device")
 def test_layouts_and_page_sizes(kv_layout: str, form: str, page_size: int) -> None:
     case = make_case([1] * 5, [1, 33, 0, 16, 260])
     table = case.paged(page_size, kv_layout, form)
@@ -31,6 +42,7 @@ def test_layouts_and_page_sizes(kv_layout: str, form: str, page_size: int) -> No
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.usefixtures("device")
 def test_page_dimension_may_be_left_out_for_one_token_pages(kv_layout: str) -> None:
     case = make_case([1, 1], [7, 3])
     table = case.paged(1, "NHD", "one")
@@ -53,6 +65,7 @@ def test_page_dimension_may_be_left_out_for_one_token_pages(kv_layout: str) -> N
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("device")
 def test_options(options: dict[str, Any]) -> None:
     case = make_case([1] * 3, [40, 5, 18])
     table = case.paged(4)
@@ -61,10 +74,10 @@ def test_options(options: dict[str, Any]) -> None:
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected(**options))
 
 
-def test_alibi() -> None:
+def test_alibi(device: str) -> None:
     """Six heads: the slopes of four, then two of the finer series."""
     case = make_case([1] * 3, [40, 5, 18], heads=(6, 2))
-    slopes = alibi_slopes(6, torch.device("cpu"))
+    slopes = alibi_slopes(6, torch.device(device))
     torch.testing.assert_close(
         slopes, 2.0 ** -torch.tensor([2.0, 4.0, 6.0, 8.0, 1.0, 3.0]), rtol=1e-6, atol=0
     )
@@ -95,6 +108,16 @@ def test_rope_llama(scale: float | None, theta: float | None) -> None:
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected, 5e-5)
 
 
+@pytest.mark.gpu
+def test_rope_llama_is_refused_on_a_gpu() -> None:
+    with torch.device("cuda"):
+        case = make_case([1] * 3, [40, 5, 18])
+        table = case.paged(4)
+        with pytest.raises(UnsupportedError, match="rope_theta must be 0 on cuda: rotate q and k"):
+            plan_decode(decode_wrapper(), case, table, 4, pos_encoding_mode="ROPE_LLAMA")
+
+
+@pytest.mark.usefixtures("device")
 def test_sinks_are_honoured() -> None:
     case = make_case([1] * 3, [40, 0, 18])
     table = case.paged(4)
@@ -117,12 +140,17 @@ def test_sinks_are_honoured() -> None:
     ],
     ids=["floats", "tensors", "per head", "two tensors"],
 )
+@pytest.mark.usefixtures("device")
 def test_scales(q_scale: Any, k_scale: Any, v_scale: Any) -> None:
     """Scales act on q, k and v, so lse feels those of q and k alone."""
     case = make_case([1] * 3, [40, 5, 18])
     table = case.paged(4)
     wrapper = decode_wrapper()
     plan_decode(wrapper, case, table, 4)
+    q_scale, k_scale, v_scale = (
+        x.to(table.indptr.device) if isinstance(x, torch.Tensor) else x
+        for x in (q_scale, k_scale, v_scale)
+    )
     got = wrapper.run_return_lse(
         case.rows, table.cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale
     )
@@ -131,13 +159,14 @@ def test_scales(q_scale: Any, k_scale: Any, v_scale: Any) -> None:
         return torch.as_tensor(1.0 if scale is None else scale).expand(2)[:, None]
 
     scaled = Case(
-        [q * (1.0 if q_scale is None else float(q_scale)) for q in case.q],
-        [k * spread(k_scale) for k in case.k],
-        [v * spread(v_scale) for v in case.v],
+        [q.double() * (1.0 if q_scale is None else float(q_scale)) for q in case.q],
+        [k.double() * spread(k_scale) for k in case.k],
+        [v.double() * spread(v_scale) for v in case.v],
     )
     assert_state(got, scaled.expected(), 3e-5)
 
 
+@pytest.mark.usefixtures("device")
 def test_fp8_cache_and_output_dtype() -> None:
     case = make_case([1] * 3, [40, 5, 130], head_dim=128, dtype=BF16, kv_dtype=torch.float8_e4m3fn)
     table = case.paged(16)
@@ -149,6 +178,7 @@ def test_fp8_cache_and_output_dtype() -> None:
     assert_state((out, lse), scaled.expected(), 1e-2)
 
 
+@pytest.mark.usefixtures("device")
 def test_data_type_sets_q_and_kv() -> None:
     case = make_case([1, 1], [20, 300], head_dim=128, dtype=BF16)
     table = case.paged(16)
@@ -160,7 +190,7 @@ def test_data_type_sets_q_and_kv() -> None:
     assert_state(got, case.expected())
 
 
-@settings(max_examples=25, deadline=None)
+@random_examples
 @given(
     kv_lens=st.lists(st.integers(0, 90), min_size=0, max_size=9),
     page_size=st.sampled_from([1, 2, 7, 16]),
@@ -168,6 +198,7 @@ def test_data_type_sets_q_and_kv() -> None:
     window_left=st.sampled_from([-1, -1, 0, 8]),
     split=st.sampled_from([None, 1, 3]),
 )
+@pytest.mark.usefixtures("device")
 def test_random_batches(
     kv_lens: list[int], page_size: int, group: int, window_left: int, split: int | None
 ) -> None:
@@ -175,9 +206,10 @@ def test_random_batches(
     wrapper = decode_wrapper()
     if case is None:
         empty = int32([])
-        wrapper.plan(int32([0]), empty, empty, 4, 2, 64, page_size, q_data_type=F32)
-        cache = torch.zeros(1, 2, page_size, 2, 64)
-        assert wrapper.run(torch.zeros(0, 4, 64), cache).shape == (0, 4, 64)
+        dtype = default_dtype()
+        wrapper.plan(int32([0]), empty, empty, 4, 2, 64, page_size, q_data_type=dtype)
+        cache = torch.zeros(1, 2, page_size, 2, 64, dtype=dtype)
+        assert wrapper.run(torch.zeros(0, 4, 64, dtype=dtype), cache).shape == (0, 4, 64)
         return
     table = case.paged(page_size)
     plan_decode(wrapper, case, table, page_size, window_left=window_left, fixed_split_size=split)
@@ -185,6 +217,7 @@ def test_random_batches(
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
 
+@pytest.mark.usefixtures("device")
 def test_several_new_tokens_per_request_are_causal() -> None:
     case = make_case([3, 3], [3, 41])
     table = case.paged(16)
@@ -220,22 +253,24 @@ def test_q_len_per_req_is_checked() -> None:
     "split", [{"fixed_split_size": 8}, {"disable_split_kv": True}, {}], ids=str
 )
 def test_split_options_make_bits_independent_of_batch_mates(
-    split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    split: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without them the cuts follow the whole batch, and rounding with them."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    """Without them the cuts follow the whole batch, and rounding with them: float32 shows it."""
+    monkeypatch.setattr("fi_backend.planning.default_workers", lambda _: 3)
     case = make_case([1] * 3, [4000, 900, 2500])
-    outs = []
+    bits = []
     for one in (case, Case(case.q[:1], case.k[:1], case.v[:1])):
         table = one.paged(16)
         wrapper = decode_wrapper()
         plan_decode(wrapper, one, table, 16, **split)
         state = wrapper.run_return_lse(one.rows, table.cache)
         assert_state(state, one.expected())
-        outs.append(state[0][0])
-    assert torch.equal(*outs) == bool(split)
+        bits.append(torch.cat([x[0].flatten().float() for x in state]))
+    if split or device == "cpu":
+        assert torch.equal(*bits) == bool(split)
 
 
+@pytest.mark.usefixtures("device")
 def test_forward_replaces_the_planned_options() -> None:
     case = make_case([1] * 3, [40, 5, 18])
     table = case.paged(4)
@@ -257,12 +292,13 @@ def test_forward_replaces_the_planned_options() -> None:
     wrapper.end_forward()
 
 
+@pytest.mark.usefixtures("device")
 def test_out_and_lse_are_written_where_given() -> None:
     case = make_case([1, 1], [40, 5])
     table = case.paged(4)
     wrapper = decode_wrapper()
     plan_decode(wrapper, case, table, 4)
-    wide = torch.full((2, 4, 96), math.nan)
+    wide = torch.full((2, 4, 96), math.nan, dtype=case.rows.dtype)
     out, lse = wide[..., :64], torch.full((2, 4), math.nan)
     got = wrapper.run(case.rows, table.cache, out=out, lse=lse, return_lse=True)
     assert got[0] is out
@@ -277,6 +313,7 @@ def test_out_and_lse_are_written_where_given() -> None:
     [{}, {"window_left": 9}, {"logits_soft_cap": 3.0}, {"sm_scale": 0.4}, {"kv_len": 0}],
     ids=str,
 )
+@pytest.mark.usefixtures("device")
 def test_single_decode(kv_layout: str, options: dict[str, Any]) -> None:
     options = dict(options)
     case = make_case([1], [options.pop("kv_len", 131)])
@@ -291,6 +328,7 @@ def test_single_decode(kv_layout: str, options: dict[str, Any]) -> None:
     assert torch.equal(alone, out)
 
 
+@pytest.mark.usefixtures("device")
 def test_last_page_len_of_a_request_without_pages_does_not_count() -> None:
     case = make_case([1] * 3, [5, 0, 9])
     table = case.paged(4)
@@ -300,15 +338,14 @@ def test_last_page_len_of_a_request_without_pages_does_not_count() -> None:
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
 
 
+@pytest.mark.usefixtures("device")
 def test_single_decode_scales_and_positions() -> None:
     case = make_case([1], [50])
     args = (case.q[0][0], *case.ragged())
     out = fi.single_decode_with_kv_cache(*args, q_scale=0.5, k_scale=3.0, v_scale=2.0)
-    expected = case.expected(sm_scale=1.5 / 8)[0][0] * 2.0
-    torch.testing.assert_close(out.double(), expected, atol=3e-5, rtol=3e-5)
+    assert_out(out, case.expected(sm_scale=1.5 / 8)[0][0] * 2.0, 3e-5)
     out = fi.single_decode_with_kv_cache(*args, pos_encoding_mode="ALIBI")
-    expected = case.expected(alibi_slopes=alibi_slopes(4, torch.device("cpu")))[0][0]
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert_out(out, case.expected(alibi_slopes=alibi_slopes(4, case.rows.device))[0][0])
 
 
 def test_single_decode_refuses() -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from wrapper_cases import assert_state, decode_wrapper, int32, make_case, plan_decode, workspace
+from wrapper_cases import (
+    assert_state,
+    decode_wrapper,
+    default_dtype,
+    graph_decode_wrapper,
+    int32,
+    make_case,
+    plan_decode,
+    workspace,
+)
 
 import fi_backend as fi
 from fi_backend.errors import UnsupportedError
@@ -15,13 +24,14 @@ F32 = torch.float32
 BF16 = torch.bfloat16
 
 
+@pytest.mark.usefixtures("device")
 def test_positional_options_are_deprecated() -> None:
     case = make_case([1, 1], [40, 5])
     table = case.paged(4)
     wrapper = decode_wrapper()
     args = (table.indptr, table.indices, table.last_page_len, *case.heads, 4)
     with pytest.warns(DeprecationWarning, match="by position"):
-        wrapper.plan(*args, "NONE", 6, 4.0, "float32")
+        wrapper.plan(*args, "NONE", 6, 4.0, default_dtype())
     expected = case.expected(window_left=6, logits_soft_cap=4.0)
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
     with pytest.raises(TypeError, match="multiple values for argument 'window_left'"):
@@ -32,19 +42,9 @@ def test_positional_options_are_deprecated() -> None:
         wrapper.plan(*args, windowleft=3)
 
 
-def graph_wrapper(batch_size: int, num_pages: int) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    buffers = tuple(
-        torch.full((size,), -1, dtype=torch.int32)
-        for size in (batch_size + 1, num_pages, batch_size)
-    )
-    wrapper = fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
-        workspace(), *buffers, use_tensor_cores=True
-    )
-    return wrapper, buffers
-
-
+@pytest.mark.usefixtures("device")
 def test_graph_mode_copies_into_its_buffers() -> None:
-    wrapper, buffers = graph_wrapper(2, 20)
+    wrapper, buffers = graph_decode_wrapper(2, 20)
     assert wrapper.is_cuda_graph_enabled
     assert wrapper.use_tensor_cores
     for kv_lens in ([33, 5], [60, 0]):
@@ -59,7 +59,7 @@ def test_graph_mode_copies_into_its_buffers() -> None:
 
 
 def test_graph_mode_fixes_sizes() -> None:
-    wrapper, buffers = graph_wrapper(2, 20)
+    wrapper, buffers = graph_decode_wrapper(2, 20)
     three = make_case([1] * 3, [4, 4, 4])
     with pytest.raises(ValueError, match=r"batch size 3 mismatches .* initialization 2"):
         plan_decode(wrapper, three, three.paged(4), 4)
@@ -76,36 +76,36 @@ def test_graph_mode_fixes_sizes() -> None:
         fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), buffers[2], *buffers[1:])
 
 
+@pytest.mark.usefixtures("device")
 def test_fast_decode_plan_matches_plan() -> None:
     case = make_case([1, 1], [40, 5])
     table = case.paged(4)
     wrapper = decode_wrapper()
     args = (table.indptr, table.indices, table.last_page_len, *case.heads, 4)
-    fi.fast_decode_plan(
-        wrapper, *args, q_data_type=F32, global_override_indptr_cpu=table.indptr.clone()
-    )
+    options = {"q_data_type": default_dtype()}
+    fi.fast_decode_plan(wrapper, *args, **options, global_override_indptr_cpu=table.indptr.cpu())
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
+    on_host = (table.indptr.cpu(), *args[1:])
     with pytest.raises(ValueError, match="global_override_indptr_cpu must agree"):
-        fi.fast_decode_plan(
-            wrapper, *args, q_data_type=F32, global_override_indptr_cpu=table.indptr + 1
-        )
+        fi.fast_decode_plan(wrapper, *on_host, **options, global_override_indptr_cpu=on_host[0] + 1)
 
 
+@pytest.mark.usefixtures("device")
 def test_workspace_of_the_stated_size_is_used_and_enough() -> None:
     case = make_case([1] * 6, [400, 5, 0, 77, 800, 64])
     table = case.paged(16)
     wrapper = decode_wrapper()
     args = (table.indptr, table.indices, table.last_page_len, *case.heads, 16)
-    float_bytes, int_bytes = wrapper.workspace_size(*args, q_data_type=F32)
+    float_bytes, int_bytes = wrapper.workspace_size(*args, q_data_type=default_dtype())
     assert float_bytes > 0
     assert int_bytes > 0
     exact = torch.zeros(float_bytes, dtype=torch.uint8)
     wrapper.reset_workspace_buffer(exact, torch.zeros(int_bytes, dtype=torch.uint8))
-    wrapper.plan(*args, q_data_type=F32)
+    wrapper.plan(*args, q_data_type=default_dtype())
     assert wrapper._planned()[1].partials.data_ptr() == exact.data_ptr()
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
     wrapper.reset_workspace_buffer(exact[:16], exact[:16])
-    wrapper.plan(*args, q_data_type=F32)
+    wrapper.plan(*args, q_data_type=default_dtype())
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
     unaligned = torch.zeros(65, dtype=torch.uint8)[1:]
     with pytest.raises(ValueError, match="float_workspace_buffer must be 16-byte aligned"):
@@ -121,6 +121,11 @@ def test_workspace_of_the_stated_size_is_used_and_enough() -> None:
         ({"indptr": int32([-1, 1, 2])}, ValueError, r"indptr\[0\] must be at least 0; got -1"),
         ({"indptr": torch.tensor([0, 1, 2])}, TypeError, "indptr must have dtype torch.int32"),
         ({"indptr": int32([[0, 1, 2]])}, ValueError, "indptr must have shape"),
+        (
+            {"indptr": int32([0, 1, 2]).to("meta")},
+            ValueError,
+            "indptr must be on the CPU; got meta",
+        ),
         ({"indptr": [0, 1, 2]}, TypeError, r"indptr must be a torch\.Tensor; got list"),
         ({"indices": int32([0])}, ValueError, r"indices must have at least indptr\[-1\] = 2"),
         ({"last_page_len": int32([1])}, ValueError, r"last_page_len must have shape \[2\]"),

@@ -1,4 +1,7 @@
-"""Prefill attention over a paged cache, and of one request, with FlashInfer's calls."""
+"""Prefill attention over a paged cache, and of one request, with FlashInfer's calls.
+
+Values are tested on each device, checks of arguments on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from wrapper_cases import Case, PagedTable, assert_state, int32, make_case, pack_masks, workspace
+from wrapper_cases import (
+    assert_state,
+    default_dtype,
+    int32,
+    make_case,
+    pack_masks,
+    plan_prefill,
+    prefill_buffers,
+    prefill_wrapper,
+    random_examples,
+)
 
 import fi_backend as fi
 from fi_backend._arguments import alibi_slopes
@@ -20,38 +33,16 @@ QO_LENS = [5, 1, 0, 70, 3]
 KV_LENS = [37, 16, 9, 70, 1]
 
 
-def make_wrapper(**kwargs: Any) -> fi.BatchPrefillWithPagedKVCacheWrapper:
-    return fi.BatchPrefillWithPagedKVCacheWrapper(workspace(), **kwargs)
-
-
-def plan(
-    wrapper: fi.BatchPrefillWithPagedKVCacheWrapper,
-    case: Case,
-    table: PagedTable,
-    page_size: int,
-    **options: Any,
-) -> None:
-    options = {"q_data_type": case.q[0].dtype, "kv_data_type": case.k[0].dtype, **options}
-    wrapper.plan(
-        case.qo_indptr,
-        table.indptr,
-        table.indices,
-        table.last_page_len,
-        *case.heads,
-        page_size,
-        **options,
-    )
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize(("form", "page_size"), [("pair", 1), ("one", 5), ("pair", 16)])
+@pytest.mark.usefixtures("device")
 def test_layouts(causal: bool, kv_layout: str, form: str, page_size: int) -> None:
     """The last request has more rows than keys: its first rows see nothing when causal."""
     case = make_case(QO_LENS, KV_LENS)
     table = case.paged(page_size, kv_layout, form)
-    wrapper = make_wrapper(kv_layout=kv_layout)
-    plan(wrapper, case, table, page_size, causal=causal)
+    wrapper = prefill_wrapper(kv_layout=kv_layout)
+    plan_prefill(wrapper, case, table, page_size, causal=causal)
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected(causal=causal))
 
 
@@ -65,63 +56,79 @@ def test_layouts(causal: bool, kv_layout: str, form: str, page_size: int) -> Non
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("device")
 def test_options(options: dict[str, Any]) -> None:
     case = make_case(QO_LENS, KV_LENS)
     table = case.paged(4)
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 4, **options)
+    wrapper = prefill_wrapper()
+    plan_prefill(wrapper, case, table, 4, **options)
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected(**options))
 
 
-def test_alibi_rope_and_sinks() -> None:
+@pytest.mark.usefixtures("device")
+def test_alibi_and_sinks() -> None:
     case = make_case(QO_LENS, KV_LENS)
     table = case.paged(4)
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 4, causal=True, pos_encoding_mode="ALIBI")
-    expected = case.expected(causal=True, alibi_slopes=alibi_slopes(4, torch.device("cpu")))
+    wrapper = prefill_wrapper()
+    plan_prefill(wrapper, case, table, 4, causal=True, pos_encoding_mode="ALIBI")
+    expected = case.expected(causal=True, alibi_slopes=alibi_slopes(4, case.rows.device))
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
-    rope = {"rope_scale": 2.0, "rope_theta": 5e3}
-    plan(wrapper, case, table, 4, causal=True, pos_encoding_mode="ROPE_LLAMA", **rope)
-    expected = case.expected(causal=True, **rope)
-    assert_state(wrapper.run_return_lse(case.rows, table.cache), expected, 5e-5)
-
-    plan(wrapper, case, table, 4, causal=True)
+    plan_prefill(wrapper, case, table, 4, causal=True)
     sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0])
     got = wrapper.run_return_lse(case.rows, table.cache, sinks=sinks)
     assert_state(got, case.expected(causal=True, sinks=sinks))
 
 
+def test_rope() -> None:
+    case = make_case(QO_LENS, KV_LENS)
+    table = case.paged(4)
+    wrapper = prefill_wrapper()
+    rope = {"rope_scale": 2.0, "rope_theta": 5e3}
+    plan_prefill(wrapper, case, table, 4, causal=True, pos_encoding_mode="ROPE_LLAMA", **rope)
+    expected = case.expected(causal=True, **rope)
+    assert_state(wrapper.run_return_lse(case.rows, table.cache), expected, 5e-5)
+
+
+@pytest.mark.parametrize("on_host", [(), ("table",), ("mask",), ("table", "mask")], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_custom_mask_takes_the_place_of_causal(packed: bool) -> None:
+@pytest.mark.usefixtures("device")
+def test_custom_mask_takes_the_place_of_causal(packed: bool, on_host: tuple[str, ...]) -> None:
     case = make_case(QO_LENS, KV_LENS)
     table = case.paged(4)
     masks = [torch.rand(len(q), len(k)) < 0.4 for q, k in zip(case.q, case.k, strict=True)]
-    given: dict[str, Any] = (
-        {"packed_custom_mask": pack_masks(masks)}
-        if packed
-        else {"custom_mask": torch.cat([mask.flatten() for mask in masks])}
+    name = "packed_custom_mask" if packed else "custom_mask"
+    mask = pack_masks(masks) if packed else torch.cat([mask.flatten() for mask in masks])
+    wrapper = prefill_wrapper()
+    metadata = (case.qo_indptr, table.indptr, table.indices, table.last_page_len)
+    wrapper.plan(
+        *(x.cpu() if "table" in on_host else x for x in metadata),
+        *case.heads,
+        4,
+        causal=True,
+        q_data_type=case.rows.dtype,
+        **{name: mask.cpu() if "mask" in on_host else mask},
     )
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 4, causal=True, **given)
     expected = case.expected(custom_mask=masks)
     assert torch.isinf(expected[1]).any(), "some row must see no key"
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
 
+@pytest.mark.usefixtures("device")
 def test_value_heads_may_differ_in_size() -> None:
     case = make_case(QO_LENS, KV_LENS, head_dim=64, head_dim_vo=32)
     table = case.paged(4)
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 4, causal=True, head_dim_vo=32)
+    wrapper = prefill_wrapper()
+    plan_prefill(wrapper, case, table, 4, causal=True, head_dim_vo=32)
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected(causal=True))
 
 
+@pytest.mark.usefixtures("device")
 def test_bfloat16_scales_and_forward() -> None:
     case = make_case(QO_LENS, KV_LENS, head_dim=128, dtype=BF16)
     table = case.paged(16)
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 16, causal=True)
+    wrapper = prefill_wrapper()
+    plan_prefill(wrapper, case, table, 16, causal=True)
     got = wrapper.run_return_lse(
         case.rows, table.cache, q_scale=0.5, k_scale=torch.tensor(4.0), v_scale=0.5
     )
@@ -133,7 +140,7 @@ def test_bfloat16_scales_and_forward() -> None:
     assert torch.equal(wrapper.forward(case.rows, table.cache, **options), got[0])
 
 
-@settings(max_examples=25, deadline=None)
+@random_examples
 @given(
     lens=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=1, max_size=6),
     page_size=st.sampled_from([1, 3, 16]),
@@ -142,6 +149,7 @@ def test_bfloat16_scales_and_forward() -> None:
     window_left=st.sampled_from([-1, -1, 0, 11]),
     split=st.sampled_from([None, 1, 4]),
 )
+@pytest.mark.usefixtures("device")
 def test_random_batches(
     lens: list[tuple[int, int]],
     page_size: int,
@@ -152,29 +160,20 @@ def test_random_batches(
 ) -> None:
     case = make_case([n for n, _ in lens], [n for _, n in lens], heads=(2 * group, 2))
     table = case.paged(page_size)
-    wrapper = make_wrapper()
+    wrapper = prefill_wrapper()
     options = {"causal": causal, "window_left": window_left}
-    plan(wrapper, case, table, page_size, fixed_split_size=split, **options)
+    plan_prefill(wrapper, case, table, page_size, fixed_split_size=split, **options)
     assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected(**options))
 
 
-def graph_buffers(batch_size: int, num_pages: int) -> dict[str, torch.Tensor]:
-    sizes = {
-        "qo_indptr_buf": batch_size + 1,
-        "paged_kv_indptr_buf": batch_size + 1,
-        "paged_kv_indices_buf": num_pages,
-        "paged_kv_last_page_len_buf": batch_size,
-    }
-    return {name: torch.full((size,), -1, dtype=torch.int32) for name, size in sizes.items()}
-
-
+@pytest.mark.usefixtures("device")
 def test_graph_mode() -> None:
-    buffers = graph_buffers(2, 30)
+    buffers = prefill_buffers(2, 30)
     mask_buffers = {
         "custom_mask_buf": torch.zeros(100, dtype=torch.uint8),
         "mask_indptr_buf": torch.zeros(3, dtype=torch.int32),
     }
-    wrapper = make_wrapper(use_cuda_graph=True, **buffers, **mask_buffers)
+    wrapper = prefill_wrapper(use_cuda_graph=True, **buffers, **mask_buffers)
     assert wrapper.is_cuda_graph_enabled
     for qo_lens, kv_lens in (([6, 2], [33, 5]), ([1, 1], [60, 0])):
         case = make_case(qo_lens, kv_lens)
@@ -182,50 +181,51 @@ def test_graph_mode() -> None:
         qo_indptr = case.qo_indptr
         masks = [torch.rand(len(q), len(k)) < 0.5 for q, k in zip(case.q, case.k, strict=True)]
         flat = torch.cat([mask.flatten() for mask in masks])
-        plan(wrapper, case, table, 4, custom_mask=flat)
+        plan_prefill(wrapper, case, table, 4, custom_mask=flat)
         given = (qo_indptr, table.indptr, table.indices, table.last_page_len)
         for buffer, source in zip(buffers.values(), given, strict=True):
             assert torch.equal(buffer[: len(source)], source)
         packed = pack_masks(masks)
         assert torch.equal(mask_buffers["custom_mask_buf"][: len(packed)], packed)
         for source in given:
-            source.fill_(-7)  # run() must read the buffers, not what plan() was given
+            source.fill_(-7)  # run() must read the buffers, not what plan_prefill() was given
         expected = case.expected(custom_mask=masks)
         assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
 
 def test_graph_mode_fixes_sizes() -> None:
-    wrapper = make_wrapper(use_cuda_graph=True, **graph_buffers(2, 14))
+    wrapper = prefill_wrapper(use_cuda_graph=True, **prefill_buffers(2, 14))
     case = make_case([6, 2], [30, 5])
-    plan(wrapper, case, case.paged(4), 4)
+    plan_prefill(wrapper, case, case.paged(4), 4)
     three = make_case([1, 1, 1], [4, 4, 4])
     with pytest.raises(ValueError, match=r"batch size 3 mismatches .* initialization 2"):
-        plan(wrapper, three, three.paged(4), 4)
+        plan_prefill(wrapper, three, three.paged(4), 4)
     long = make_case([6, 2], [60, 5])
     with pytest.raises(ValueError, match="paged_kv_indices should be less than or equal"):
-        plan(wrapper, long, long.paged(4), 4)
+        plan_prefill(wrapper, long, long.paged(4), 4)
     tall = make_case([7, 2], [30, 5])
     with pytest.raises(ValueError, match=r"rows in qo_indptr 9 .* cannot exceed .* 8"):
-        plan(wrapper, tall, tall.paged(4), 4)
+        plan_prefill(wrapper, tall, tall.paged(4), 4)
     with pytest.raises(ValueError, match="custom_mask_buf must be initialized"):
-        plan(wrapper, case, case.paged(4), 4, custom_mask=torch.ones(190, dtype=torch.bool))
+        plan_prefill(wrapper, case, case.paged(4), 4, custom_mask=torch.ones(190, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"qo_indptr_buf should be a torch\.Tensor"):
-        make_wrapper(use_cuda_graph=True)
-    wrong = {**graph_buffers(2, 14), "paged_kv_last_page_len_buf": int32([0])}
+        prefill_wrapper(use_cuda_graph=True)
+    wrong = {**prefill_buffers(2, 14), "paged_kv_last_page_len_buf": int32([0])}
     with pytest.raises(ValueError, match="length of paged_kv_last_page_len_buf should be 2"):
-        make_wrapper(use_cuda_graph=True, **wrong)
+        prefill_wrapper(use_cuda_graph=True, **wrong)
 
 
+@pytest.mark.usefixtures("device")
 def test_workspace_size() -> None:
     case = make_case(QO_LENS, KV_LENS)
     table = case.paged(16)
-    wrapper = make_wrapper()
+    wrapper = prefill_wrapper()
     args = (case.qo_indptr, table.indptr, table.indices, table.last_page_len, *case.heads, 16)
-    float_bytes, int_bytes = wrapper.workspace_size(*args, q_data_type="float32")
+    float_bytes, int_bytes = wrapper.workspace_size(*args, q_data_type=default_dtype())
     wrapper.reset_workspace_buffer(
         torch.zeros(float_bytes, dtype=torch.uint8), torch.zeros(int_bytes, dtype=torch.uint8)
     )
-    wrapper.plan(*args, q_data_type="float32")
+    wrapper.plan(*args, q_data_type=default_dtype())
     used = wrapper._planned()[1]
     assert used.partials.data_ptr() == wrapper._workspace.partials(1).data_ptr()
     assert 4 * used.partials.numel() <= float_bytes
@@ -269,14 +269,14 @@ def test_plan_refuses(change: dict[str, Any], error: type[Exception], message: s
         "q_data_type": F32,
     }
     with pytest.raises(error, match=message):
-        make_wrapper().plan(**{**arguments, **change})
+        prefill_wrapper().plan(**{**arguments, **change})
 
 
 def test_run_refuses() -> None:
     case = make_case([3, 2], [3, 4])
     table = case.paged(4)
-    wrapper = make_wrapper()
-    plan(wrapper, case, table, 4, window_left=9)
+    wrapper = prefill_wrapper()
+    plan_prefill(wrapper, case, table, 4, window_left=9)
     with pytest.raises(ValueError, match=r"\(6\) does not match qo_indptr\[-1\] \(5\)"):
         wrapper.run(torch.zeros(6, 4, 64), table.cache)
     with pytest.raises(ValueError, match=r"does not match the q_data_type torch\.float32 spec"):
@@ -292,6 +292,7 @@ def test_run_refuses() -> None:
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("lens", [(7, 130), (130, 130), (9, 4), (3, 0)])
+@pytest.mark.usefixtures("device")
 def test_single_prefill(kv_layout: str, lens: tuple[int, int]) -> None:
     case = make_case([lens[0]], [lens[1]])
     k, v = case.ragged(kv_layout)
@@ -302,6 +303,7 @@ def test_single_prefill(kv_layout: str, lens: tuple[int, int]) -> None:
         assert_state(got, case.expected(**options))
 
 
+@pytest.mark.usefixtures("device")
 def test_single_prefill_options() -> None:
     case = make_case([9], [50])
     args = (case.rows, *case.ragged())
@@ -314,7 +316,7 @@ def test_single_prefill_options() -> None:
         *args, logits_soft_cap=4.0, k_scale=2.0, v_scale=0.5, pos_encoding_mode="ALIBI"
     )
     wanted = case.expected(
-        logits_soft_cap=4.0, sm_scale=0.25, alibi_slopes=alibi_slopes(4, torch.device("cpu"))
+        logits_soft_cap=4.0, sm_scale=0.25, alibi_slopes=alibi_slopes(4, case.rows.device)
     )
     assert_state((out, lse), (0.5 * wanted[0], wanted[1]), 3e-5)
 

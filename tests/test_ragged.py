@@ -1,4 +1,4 @@
-"""Prefill attention over ragged keys and values, with FlashInfer's calls."""
+"""Prefill attention over ragged keys and values, with FlashInfer's calls, on each device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from wrapper_cases import Case, assert_state, int32, make_case, workspace
+from wrapper_cases import (
+    Case,
+    assert_state,
+    default_dtype,
+    int32,
+    make_case,
+    random_examples,
+    workspace,
+)
 
 import fi_backend as fi
 from fi_backend._arguments import alibi_slopes
@@ -38,6 +46,7 @@ def plan(wrapper: fi.BatchPrefillWithRaggedKVCacheWrapper, case: Case, **options
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("device")
 def test_values(kv_layout: str, options: dict[str, Any]) -> None:
     case = make_case(QO_LENS, KV_LENS)
     wrapper = make_wrapper(kv_layout=kv_layout)
@@ -46,15 +55,17 @@ def test_values(kv_layout: str, options: dict[str, Any]) -> None:
     assert_state(got, case.expected(**options))
 
 
+@pytest.mark.usefixtures("device")
 def test_keys_before_and_after_the_requests_are_not_read() -> None:
     case = make_case([4, 2], [9, 5])
-    poison = torch.full((3, 2, 64), float("nan"))
+    poison = torch.full((3, 2, 64), float("nan"), dtype=default_dtype())
     k, v = (torch.cat((poison, x, poison)) for x in case.ragged())
     wrapper = make_wrapper()
-    wrapper.plan(case.qo_indptr, case.kv_indptr + 3, *case.heads, q_data_type="float32")
+    wrapper.plan(case.qo_indptr, case.kv_indptr + 3, *case.heads, q_data_type=default_dtype())
     assert_state(wrapper.run_return_lse(case.rows, k, v), case.expected())
 
 
+@pytest.mark.usefixtures("device")
 def test_tensors_may_be_slices_of_one_projection() -> None:
     case = make_case([6, 3], [6, 3])
     fused = torch.cat((case.rows, *case.ragged()), dim=1)
@@ -65,6 +76,7 @@ def test_tensors_may_be_slices_of_one_projection() -> None:
     assert_state(wrapper.run_return_lse(q, k, v), case.expected(causal=True))
 
 
+@pytest.mark.usefixtures("device")
 def test_value_heads_may_differ_in_size() -> None:
     case = make_case(QO_LENS, KV_LENS, head_dim=64, head_dim_vo=32)
     wrapper = make_wrapper()
@@ -73,6 +85,7 @@ def test_value_heads_may_differ_in_size() -> None:
     assert_state(got, case.expected(causal=True))
 
 
+@pytest.mark.usefixtures("device")
 def test_scales_act_on_q_k_and_v() -> None:
     case = make_case(QO_LENS, KV_LENS)
     wrapper = make_wrapper()
@@ -81,12 +94,13 @@ def test_scales_act_on_q_k_and_v() -> None:
     options = {
         "causal": True,
         "sm_scale": 1.5 / 8,
-        "alibi_slopes": alibi_slopes(4, torch.device("cpu")),
+        "alibi_slopes": alibi_slopes(4, case.rows.device),
     }
     out, lse = case.expected(**options)
     assert_state(got, (2.0 * out, lse), 3e-5)
 
 
+@pytest.mark.usefixtures("device")
 def test_custom_mask_and_forward() -> None:
     case = make_case(QO_LENS, KV_LENS)
     masks = [torch.rand(len(q), len(k)) < 0.4 for q, k in zip(case.q, case.k, strict=True)]
@@ -101,12 +115,13 @@ def test_custom_mask_and_forward() -> None:
     assert torch.equal(wrapper.forward(case.rows, *case.ragged(), **options), got[0])
 
 
-@settings(max_examples=20, deadline=None)
+@random_examples
 @given(
     lens=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 150)), min_size=1, max_size=6),
     causal=st.booleans(),
     split=st.sampled_from([{}, {"fixed_split_size": 32}, {"disable_split_kv": True}]),
 )
+@pytest.mark.usefixtures("device")
 def test_random_batches(lens: list[tuple[int, int]], causal: bool, split: dict[str, Any]) -> None:
     case = make_case([n for n, _ in lens], [n for _, n in lens])
     wrapper = make_wrapper()
@@ -115,19 +130,26 @@ def test_random_batches(lens: list[tuple[int, int]], causal: bool, split: dict[s
     assert_state(got, case.expected(causal=causal))
 
 
+@pytest.mark.usefixtures("device")
 def test_graph_mode() -> None:
     buffers = [torch.full((3,), -1, dtype=torch.int32) for _ in range(2)]
     wrapper = make_wrapper(use_cuda_graph=True, qo_indptr_buf=buffers[0], kv_indptr_buf=buffers[1])
     for lens in (([6, 2], [33, 5]), ([1, 1], [60, 0])):
         case = make_case(*lens)
         given_indptrs = (case.qo_indptr, case.kv_indptr)
-        wrapper.plan(*given_indptrs, *case.heads, q_data_type="float32")
+        wrapper.plan(*given_indptrs, *case.heads, q_data_type=default_dtype())
         for buffer, source in zip(buffers, given_indptrs, strict=True):
             assert torch.equal(buffer, source)
             source.fill_(-7)  # run() must read the buffers, not what plan() was given
         assert_state(wrapper.run_return_lse(case.rows, *case.ragged()), case.expected())
     with pytest.raises(ValueError, match="batch size 1 mismatches"):
         plan(wrapper, make_case([1], [4]))
+
+
+def test_graph_mode_fixes_sizes() -> None:
+    buffers = [torch.full((3,), -1, dtype=torch.int32) for _ in range(2)]
+    wrapper = make_wrapper(use_cuda_graph=True, qo_indptr_buf=buffers[0], kv_indptr_buf=buffers[1])
+    plan(wrapper, make_case([6, 2], [33, 5]))
     with pytest.raises(ValueError, match="rows in qo_indptr 9"):
         plan(wrapper, make_case([8, 1], [4, 4]))
     with pytest.raises(ValueError, match=r"length of kv_indptr_buf \(2\) should be the same"):

@@ -1,4 +1,7 @@
-"""Random batches for the FlashInfer-shaped wrappers, and what attention over them must give."""
+"""Random batches for the FlashInfer-shaped wrappers, and what attention over them must give.
+
+Tensors are made on torch's default device, which the `device` fixture sets.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from paged_kv import paged_kv
 from reference import Mask, attention
 
 import fi_backend as fi
+from tests.tolerance import assert_accurate, assert_lse_accurate
 
 WORKSPACE_BYTES = 1 << 20
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+# One `device` serves all examples of a property: nothing of it changes between them.
+random_examples = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+# The marks of a file whose tests all need a GPU, and make their tensors there.
+ON_CUDA = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True),
+]
+
+
+def default_dtype() -> torch.dtype:
+    """float32, or bfloat16 on a GPU, whose kernels take 16-bit queries."""
+    on_host = torch.get_default_device().type == "cpu"
+    return torch.float32 if on_host else torch.bfloat16
 
 
 def workspace() -> torch.Tensor:
@@ -37,6 +58,11 @@ class PagedTable:
     indptr: torch.Tensor
     indices: torch.Tensor
     last_page_len: torch.Tensor
+
+    def to(self, device: str) -> PagedTable:
+        """Move the table, but not the cache."""
+        table = (self.indptr, self.indices, self.last_page_len)
+        return PagedTable(self.cache, *(tensor.to(device) for tensor in table))
 
 
 @dataclass(frozen=True)
@@ -75,9 +101,22 @@ class Case:
     def heads(self) -> tuple[int, int, int]:
         return self.num_qo_heads, self.num_kv_heads, self.head_dim
 
-    def paged(self, page_size: int, kv_layout: str = "NHD", form: str = "pair") -> PagedTable:
-        """Scatter keys and values over shuffled pages; `form` is "pair" or "one" (5-D)."""
-        kv = paged_kv(self.k, self.v, page_size, layout=kv_layout)
+    def paged(
+        self,
+        page_size: int,
+        kv_layout: str = "NHD",
+        form: str = "pair",
+        unreadable: list[int] | None = None,
+    ) -> PagedTable:
+        """Scatter keys and values over shuffled pages.
+
+        Args:
+            page_size: tokens per page.
+            kv_layout: "NHD" or "HND".
+            form: "pair", or "one" for a tensor of 5 dimensions.
+            unreadable: as for paged_kv.
+        """
+        kv = paged_kv(self.k, self.v, page_size, layout=kv_layout, unreadable=unreadable)
         cache = (kv.k_cache, kv.v_cache)
         if kv_layout == "HND":
             cache = (kv.k_cache.transpose(1, 2), kv.v_cache.transpose(1, 2))
@@ -125,10 +164,11 @@ def make_case(
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
     head_dim_vo: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> Case:
     num_qo_heads, num_kv_heads = heads
+    dtype = default_dtype() if dtype is None else dtype
 
     def make(length: int, count: int, dim: int, kind: torch.dtype) -> torch.Tensor:
         return torch.randn(length, count, dim).to(kind)
@@ -142,19 +182,29 @@ def make_case(
     )
 
 
+def assert_out(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Compare outputs with the reference; `tolerance` is that of float32."""
+    assert out.shape == expected.shape
+    if out.dtype == torch.float32:
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    else:
+        assert_accurate(out, expected, expected.to(out.dtype))
+
+
 def assert_state(
     got: tuple[torch.Tensor, torch.Tensor],
     expected: tuple[torch.Tensor, torch.Tensor],
-    tolerance: float | None = None,
+    tolerance: float = 1e-5,
 ) -> None:
     """Compare (out, lse) with the reference; rows without keys must be exactly (0, -inf)."""
     (out, lse), (out_ref, lse_ref) = got, expected
-    assert out.shape == out_ref.shape
     assert lse.shape == lse_ref.shape
     assert lse.dtype == torch.float32
-    bound = TOLERANCE[out.dtype] if tolerance is None else tolerance
-    torch.testing.assert_close(out.double(), out_ref, atol=bound, rtol=bound)
-    torch.testing.assert_close(lse.double(), lse_ref, atol=10 * bound, rtol=bound)
+    assert_out(out, out_ref, tolerance)
+    if out.dtype == torch.float32:
+        torch.testing.assert_close(lse.double(), lse_ref, atol=10 * tolerance, rtol=tolerance)
+    else:
+        assert_lse_accurate(lse, lse_ref)
     empty = torch.isinf(lse_ref)
     assert torch.equal(torch.isinf(lse), empty)
     assert not out[empty].any()
@@ -174,6 +224,52 @@ def plan_decode(
     options = {"q_data_type": case.q[0].dtype, "kv_data_type": case.k[0].dtype, **options}
     wrapper.plan(
         table.indptr, table.indices, table.last_page_len, *case.heads, page_size, **options
+    )
+
+
+def graph_decode_wrapper(
+    batch_size: int, num_pages: int
+) -> tuple[fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper, tuple[torch.Tensor, ...]]:
+    """Make a wrapper and the buffers of its page table."""
+    buffers = tuple(int32([-1] * size) for size in (batch_size + 1, num_pages, batch_size))
+    wrapper = fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        workspace(), *buffers, use_tensor_cores=True
+    )
+    return wrapper, buffers
+
+
+def prefill_wrapper(**kwargs: Any) -> fi.BatchPrefillWithPagedKVCacheWrapper:
+    return fi.BatchPrefillWithPagedKVCacheWrapper(workspace(), **kwargs)
+
+
+def prefill_buffers(batch_size: int, num_pages: int) -> dict[str, torch.Tensor]:
+    """What a prefill wrapper with use_cuda_graph is given."""
+    sizes = {
+        "qo_indptr_buf": batch_size + 1,
+        "paged_kv_indptr_buf": batch_size + 1,
+        "paged_kv_indices_buf": num_pages,
+        "paged_kv_last_page_len_buf": batch_size,
+    }
+    return {name: int32([-1] * size) for name, size in sizes.items()}
+
+
+def plan_prefill(
+    wrapper: fi.BatchPrefillWithPagedKVCacheWrapper,
+    case: Case,
+    table: PagedTable,
+    page_size: int,
+    **options: Any,
+) -> None:
+    """Plan with qo_indptr where the table is."""
+    options = {"q_data_type": case.q[0].dtype, "kv_data_type": case.k[0].dtype, **options}
+    wrapper.plan(
+        case.qo_indptr.to(table.indptr.device),
+        table.indptr,
+        table.indices,
+        table.last_page_len,
+        *case.heads,
+        page_size,
+        **options,
     )
 
 
