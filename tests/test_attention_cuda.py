@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from sync_debug import nothing_waits
 from test_attention import Case, check_values, make_case
 
 import fi_backend
@@ -58,13 +59,10 @@ def test_a_step_neither_waits_nor_allocates() -> None:
     layer.run(plan, q, kv, out=out)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(3):
             plan = fi_backend.plan(SPEC, batch, workspace, into=plan)
             layer.run(plan, q, kv, out=out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 

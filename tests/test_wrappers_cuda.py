@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from sync_debug import nothing_waits
 from wrapper_cases import (
     ON_CUDA,
     Case,
@@ -31,17 +31,6 @@ HEADS = (8, 2)
 PAGE_SIZE = 16
 Pool = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[], Any]
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    """Make whatever waits for the device raise."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def decode_case() -> Case:
@@ -125,7 +114,6 @@ def prefill_steps(metadata: str) -> Iterator[Step]:
     yield lambda: fi.single_decode_with_kv_cache(case.q[2][0], case.k[2], case.v[2])
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("metadata", ["cuda", "cpu"])
 @pytest.mark.parametrize("steps", [decode_steps, prefill_steps])
 def test_no_step_waits_for_the_device(
