@@ -12,8 +12,10 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,19 @@ def zeroed_attention(active: bool) -> Iterator[None]:
         FIAttentionImpl.forward = original  # type: ignore[method-assign]
 
 
+def runner_of(engine: Any) -> Any:
+    """Return the model runner of an engine in this process."""
+    core = engine.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
 class StepLog:
     """Wraps an engine's scheduler and runner to see which steps it made of the requests."""
 
     def __init__(self, engine: Any) -> None:
         core = engine.llm_engine.engine_core.engine_core
-        self.runner = core.model_executor.driver_worker.worker.model_runner
-        self.steps = self.mixed = self.preemptions = self.largest = 0
+        self.runner = runner_of(engine)
+        self.steps = self.decode = self.mixed = self.preemptions = self.largest = 0
         execute, preempt = self.runner.execute_model, core.scheduler._preempt_request
 
         def count_step(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +62,7 @@ class StepLog:
             if tokens:
                 self.steps += 1
                 self.largest = max(self.largest, sum(tokens))
+                self.decode += max(tokens) == 1
                 self.mixed += min(tokens) == 1 and max(tokens) > 1
             return execute(scheduled, *args, **kwargs)
 
@@ -72,6 +81,7 @@ class StepLog:
     def counts(self) -> dict[str, int]:
         return {
             "steps": self.steps,
+            "decode_steps": self.decode,
             "mixed_steps": self.mixed,
             "largest_step": self.largest,
             "preemptions": self.preemptions,
@@ -86,6 +96,7 @@ def run_batch(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         max_tokens=batch["max_tokens"],
         ignore_eos=True,
         detokenize=False,
+        logprobs=batch.get("logprobs"),
         prompt_logprobs=batch.get("prompt_logprobs"),
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
@@ -96,47 +107,86 @@ def run_batch(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "cached_tokens": [output.num_cached_tokens or 0 for output in outputs],
-        "scores": [scores(output) for output in outputs] if "prompt_logprobs" in batch else None,
+        "token_scores": [scores(output.outputs[0].logprobs) for output in outputs]
+        if "logprobs" in batch
+        else None,
+        # The first token of a prompt has none.
+        "scores": [scores(output.prompt_logprobs[1:]) for output in outputs]
+        if "prompt_logprobs" in batch
+        else None,
     }
 
 
-def scores(output: Any) -> list[list[tuple[int, float]]]:
-    """For each prompt token after the first: (token, logit) of the best candidates, best first."""
+def scores(positions: Any) -> list[list[tuple[int, float]]]:
+    """For each position: (token, logit) of the best candidates, best first."""
     return [
         sorted(((token, entry.logprob) for token, entry in position.items()), key=lambda x: -x[1])
-        for position in output.prompt_logprobs[1:]
+        for position in positions
     ]
 
 
-def run_task(task: dict[str, Any]) -> dict[str, Any]:
+def traced_kernels(run: Callable[[], Any]) -> dict[str, int]:
+    """Count the GPU kernels of `run` by name, those of replayed graphs included."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return Counter(event.name for event in trace.events() if event.device_type == on_gpu)
+
+
+def make_engine(task: dict[str, Any]) -> Any:
     import vllm
 
-    start = time.perf_counter()
+    defaults = {
+        "enforce_eager": True,
+        "logprobs_mode": "raw_logits",
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+    }
+    arguments = {**defaults, **task["engine"]}
     engine = vllm.LLM(
         model=task["model"],
         dtype=task["dtype"],
         attention_backend=task["backend"],
         skip_tokenizer_init=True,
         generation_config="vllm",
-        enforce_eager=True,
-        logprobs_mode="raw_logits",
         worker_extension_cls=EXTENSION,
-        **{"max_model_len": 1024, "max_num_seqs": 32, **task["engine"]},
+        **arguments,
     )
-    ready = time.perf_counter() - start
-    log = StepLog(engine)
-    before = engine.collective_rpc("fi_backend_counters")[0]
+    if arguments["logprobs_mode"] == "raw_logits":
+        # 0.25 scores prompts by log-probabilities in every mode.
+        runner_of(engine).sampler.compute_logprobs = lambda logits: logits.float()
+    return engine
+
+
+def run_task(task: dict[str, Any]) -> dict[str, Any]:
+    import vllm
+
+    start = time.perf_counter()
+    # Broken before the engine is made, or its CUDA graphs would hold the whole attention.
     with zeroed_attention(task["zero_attention"]):
+        engine = make_engine(task)
+        ready = time.perf_counter() - start
+        log = StepLog(engine)
+        before = engine.collective_rpc("fi_backend_counters")[0]
         batches = [run_batch(engine, batch) for batch in task["batches"]]
     after = engine.collective_rpc("fi_backend_counters")[0]
     result = {
         "version": vllm.__version__,
+        "runner": type(log.runner).__module__,
         "ready_seconds": ready,
         "batches": batches,
         "layers": log.attention_layers(),
         "counters": {name: after[name] - before[name] for name in after},
         **log.counts(),
     }
+    if task["traced"] is not None:
+        kernels = traced_kernels(partial(run_batch, engine, task["traced"]))
+        result["traced"] = {"kernels": kernels, "steps": log.steps - result["steps"]}
     del engine, log
     release()
     return result

@@ -34,6 +34,7 @@ class Batch:
 
     prompts: list[list[int]]
     max_tokens: int
+    logprobs: int | None = None
     prompt_logprobs: int | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -42,7 +43,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """One engine: a model, a backend, and the batches it gets. `backend` None asks for nothing."""
+    """One engine: a model, a backend, and the batches it gets. `backend` None asks for nothing.
+
+    Batch `traced` runs last, and its GPU kernels are counted.
+    """
 
     name: str
     model: Path
@@ -51,6 +55,7 @@ class Task:
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
     zero_attention: bool = False
+    traced: Batch | None = None
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -58,6 +63,7 @@ class Task:
             "model": str(self.model),
             "zero_attention": self.zero_attention,
             "batches": [batch.describe() for batch in self.batches],
+            "traced": None if self.traced is None else self.traced.describe(),
         }
 
 

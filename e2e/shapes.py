@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHAPES", "WINDOW", "make_model", "random_prompts"]
+__all__ = ["PLAIN_SHAPES", "SHAPES", "WINDOW", "make_model", "random_prompts"]
 
+PLAIN_SHAPES = ("llama", "qwen3")
 SHAPES = ("gemma2", "mistral", "gemma3", "gptoss", "gemma3n", "bloom")
 WINDOW = 64
 _VOCAB = 512
@@ -29,6 +30,15 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LARGER: dict[str, Any] = {
+    **{name: value for name, value in _COMMON.items() if name != "head_dim"},
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+# Standard deviation of the weights; gains that are far above 1 amplify every rounding in bf16.
+_STD = {"bloom": 0.4, "llama": 0.08, "qwen3": 0.08}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -77,6 +87,10 @@ def _config(shape: str) -> Any:
             layer_types=[_SLIDING, _FULL] * 3,
             activation_sparsity_pattern=[0.0] * 6,
         )
+    if shape == "llama":  # heads of 128, four query heads to a key head
+        return transformers.LlamaConfig(**_LARGER, head_dim=128, tie_word_embeddings=False)
+    if shape == "qwen3":  # normalised queries and keys
+        return transformers.Qwen3Config(**_LARGER, head_dim=64, tie_word_embeddings=False)
     if shape == "bloom":  # ALiBi
         return transformers.BloomConfig(
             vocab_size=_VOCAB,
@@ -104,7 +118,7 @@ def make_model(shape: str, directory: Path) -> Path:
             if "embed" in name:
                 weight.normal_(0.0, 0.05, generator=generator)
             elif weight.dim() > 1 or "sinks" in name:
-                weight.normal_(0.0, 0.15 if shape != "bloom" else 0.4, generator=generator)
+                weight.normal_(0.0, _STD.get(shape, 0.15), generator=generator)
             elif "post_" in name:  # Gemma: let a layer outweigh the token it started from
                 weight.fill_(2.0)
     model.save_pretrained(folder)

@@ -13,12 +13,12 @@ import pytest
 
 from e2e.conftest import Models
 from e2e.harness import Batch, Result, Task, run_engines
+from e2e.scores import Scores, divergences
 
 pytestmark = pytest.mark.engine
 
 MODEL = "fi-tiny"  # trained: models with random weights amplify every rounding
 ONE_BY_ONE = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
-Scores = list[list[list[tuple[int, float]]]]
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +43,6 @@ def runs(
 @pytest.fixture(scope="module")
 def scores(runs: dict[str, Result]) -> dict[str, Scores]:
     return {name: run["batches"][0]["scores"] for name, run in runs.items()}
-
-
-def _ulp(value: float) -> float:
-    """Distance between bf16 numbers (8 bits of significand) at `value`."""
-    return 2.0 ** (math.floor(math.log2(max(abs(value), 2.0**-126))) - 7)
-
-
-def divergences(want: Scores, got: Scores) -> list[float]:
-    """For each position with another best token: how far `want` puts it from the best, in ulp."""
-    gaps = []
-    for positions, others in zip(want, got, strict=True):
-        for candidates, other in zip(positions, others, strict=True):
-            (best, top), chosen = candidates[0], other[0][0]
-            if chosen != best:
-                gaps.append((top - dict(candidates).get(chosen, -math.inf)) / _ulp(top))
-    return gaps
 
 
 def test_scored_by_our_kernels(runs: dict[str, Result]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import Mask, attention
 
+from fi_backend import PagedBatch
 from fi_backend.errors import UnsupportedError
 
 Load = Callable[[str], ModuleType]
@@ -88,18 +89,28 @@ def make_impl(**arguments: Any) -> Any:
     return FIAttentionImpl(HEADS, DIM, SCALE, KV_HEADS, **arguments)
 
 
-def make_builder(vllm: Load, impls: dict[str, Any], spec: Any = None) -> Any:
+def make_builder(
+    vllm: Load,
+    impls: dict[str, Any],
+    spec: Any = None,
+    *,
+    dtype: torch.dtype = DTYPE,
+    device: str = "cpu",
+    max_num_seqs: int = 8,
+) -> Any:
     from fi_backend.integrations.vllm.builder import FIMetadataBuilder
 
     spec = spec or vllm("v1.kv_cache_interface").FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=dtype
     )
     layers = {name: SimpleNamespace(impl=impl) for name, impl in impls.items()}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers),
-        model_config=SimpleNamespace(dtype=DTYPE),
+        model_config=SimpleNamespace(dtype=dtype),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        parallel_config=SimpleNamespace(use_ubatching=False),
     )
-    return FIMetadataBuilder(spec, [*impls, "placeholder"], config, torch.device("cpu"))
+    return FIMetadataBuilder(spec, [*impls, "placeholder"], config, torch.device(device))
 
 
 def check(step: Step, output: torch.Tensor, mask: Mask) -> None:
@@ -265,4 +276,58 @@ def test_counters_count_layers_times_steps(vllm: Load) -> None:
             run(step, impl, metadata)
     after = WorkerExtension().fi_backend_counters()
     grown = {name: after[name] - before[name] for name in after}
-    assert grown == {"attention_runs": 6, "group_steps": 3, "layer_steps": 6}
+    assert grown == {"attention_runs": 6, "group_steps": 3, "layer_steps": 6, "layer_calls": 6}
+
+
+def test_steps_plan_into_the_same_memory(vllm: Load) -> None:
+    """A CUDA graph keeps addresses: those of a builder's plans never change."""
+    step, impls = make_step(vllm), {"a": make_impl(), "b": make_impl(sliding_window=8)}
+    builder = make_builder(vllm, impls)
+
+    def addresses() -> list[tuple[int, int]]:
+        plans = builder.build(0, step.common).plans.values()
+        return [(plan.buffer.data_ptr(), plan.partials.data_ptr()) for plan in plans]
+
+    first = addresses()
+    assert len({buffer for buffer, _ in first}) == 2
+    # A builder made later, for wider heads, needs more scratch.
+    wide = vllm("v1.kv_cache_interface").FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=1, head_size=256, dtype=DTYPE
+    )
+    from fi_backend.integrations.vllm.impl import FIAttentionImpl
+
+    later = make_builder(vllm, {"wide": FIAttentionImpl(2, 256, SCALE, 1)}, wide)
+    assert addresses() == first
+    assert later.build(0, step.common).plans
+
+
+def test_more_requests_than_reserved_are_served(vllm: Load) -> None:
+    """Chunked local attention makes several requests of one."""
+    step, impl = make_step(vllm), make_impl()
+    metadata = make_builder(vllm, {"layer": impl}, max_num_seqs=1).build(0, step.common)
+    check(step, run(step, impl, metadata), Mask(causal=True))
+
+
+def test_builders_share_scratch_memory_unless_they_run_at_a_time() -> None:
+    from fi_backend import AttentionSpec
+    from fi_backend.integrations.vllm.reservation import Reservation
+
+    spec = AttentionSpec(num_qo_heads=2, num_kv_heads=1, head_dim_qk=DIM, q_dtype=DTYPE)
+    device = torch.device("cpu")
+    lens = torch.zeros(1, dtype=torch.int32)
+    batch = PagedBatch(torch.zeros(2, dtype=torch.int32), lens, block_table=lens.unsqueeze(0))
+
+    def partials(reservation: Reservation) -> int:
+        return reservation.plan(0, spec, batch).partials.data_ptr()
+
+    shared = [Reservation({0: spec}, device, max_reqs=1, is_alone=True) for _ in range(2)]
+    apart = Reservation({0: spec}, device, max_reqs=1, is_alone=False)
+    assert len({partials(one) for one in shared}) == 1
+    assert partials(apart) != partials(shared[0])
+
+
+def test_any_batch_may_be_captured(vllm: Load) -> None:
+    from fi_backend.integrations.vllm.builder import FIMetadataBuilder
+
+    always = vllm("v1.attention.backend").AttentionCGSupport.ALWAYS
+    assert FIMetadataBuilder.get_cudagraph_support(None, None) is always

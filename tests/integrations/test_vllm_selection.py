@@ -67,6 +67,45 @@ def test_what_we_cannot_serve_is_refused_by_name(vllm: Load, engine_config: Usin
         choose(vllm, head_size=36)
 
 
+def test_answers_on_a_gpu(vllm: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's CUDA platform asks; there is no GPU here."""
+    from fi_backend.integrations.vllm.backend import FIAttentionBackend
+
+    platforms, selector = vllm("platforms"), vllm("v1.attention.selector")
+    monkeypatch.setattr(type(platforms.current_platform), "device_type", "cuda")
+
+    def reasons(capability: tuple[int, int] = (9, 0), **arguments: Any) -> list[str]:
+        asked = {
+            "head_size": 128,
+            "dtype": torch.bfloat16,
+            "kv_cache_dtype": "auto",
+            "block_size": 16,
+            **arguments,
+        }
+        config = selector.AttentionSelectorConfig(**asked)._asdict()
+        device_capability = vllm("platforms.interface").DeviceCapability(*capability)
+        return FIAttentionBackend.validate_configuration(
+            device_capability=device_capability, **config
+        )
+
+    for served in (
+        {},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e5m2", "dtype": torch.float16},
+        {"has_sink": True, "use_non_causal": True, "block_size": None},
+        {"capability": (8, 0)},
+        {"capability": (12, 0)},
+    ):
+        assert reasons(**served) == []
+    for refused, why in (
+        ({"capability": (7, 5)}, "compute capability not supported"),
+        ({"dtype": torch.float32}, "q_dtype must be one of torch.bfloat16, torch.float16 on cuda"),
+        ({"head_size": 80}, "head_dim_qk must be a multiple of 32 up to 256 on cuda; got 80"),
+        ({"block_size": 8}, "block_size not supported"),
+    ):
+        assert any(reason.startswith(why) for reason in reasons(**refused))
+
+
 def test_mla_stays_with_the_engine(vllm: Load, engine_config: Using) -> None:
     with engine_config("flashinfer"):
         assert choose(vllm, use_mla=True).is_mla()

@@ -8,7 +8,8 @@ process it starts: API server, engine core, workers. (`VLLM_PLUGINS`, if set, mu
     selection.py         FLASHINFER is ours where it was asked for by name, stock elsewhere
     cpu_platform.py      lets vLLM's CPU platform hear the user's choice
     backend.py           what we support, as vLLM asks it
-    builder.py           once a step: engine metadata -> batch (metadata.py) -> plans
+    builder.py           once a step: engine metadata -> batch (metadata.py) -> plans, in memory
+                         that was reserved before the first step (reservation.py)
     impl.py              once a layer: write the cache (kv_cache.py), run attention
     worker_extension.py  counters over RPC
 """

@@ -22,6 +22,7 @@ _ATTENTION_TYPES = (
     AttentionType.ENCODER_ONLY,
     AttentionType.ENCODER_DECODER,
 )
+_OLDEST_GPU_MAJOR = 8
 
 
 class FIAttentionBackend(AttentionBackend):
@@ -57,6 +58,11 @@ class FIAttentionBackend(AttentionBackend):
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in _ATTENTION_TYPES
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """Whether a GPU of this compute capability does; None stands for a CPU."""
+        return capability is None or capability.major >= _OLDEST_GPU_MAJOR
 
     @classmethod
     def supports_sink(cls) -> bool:

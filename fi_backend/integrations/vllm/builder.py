@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec as KVCacheSpec
 from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 
-from fi_backend import AttentionSpec, Workspace
+from fi_backend import AttentionSpec
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
 from fi_backend.integrations.vllm.impl import FIAttentionImpl, attention_for, geometry_key
 from fi_backend.integrations.vllm.metadata import FIMetadata, to_batch
+from fi_backend.integrations.vllm.reservation import Reservation
 
 __all__ = ["FIMetadataBuilder"]
-
-# vLLM makes builders per group, micro-batch and drafter, and makes all of them twice. Their steps
-# run one after the other, so one workspace per device serves them all.
-_workspaces: dict[torch.device, Workspace] = {}
 
 
 class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
@@ -28,7 +25,14 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
 
     The window is a property of a layer, not of its group: with vLLM's hybrid cache manager off, one
     group mixes windowed and full layers.
+
+    On a GPU build() is one launch per geometry and reads nothing back.
     """
+
+    # Grids follow from capacities alone and every length is read on the device, so the graph of a
+    # batch serves any other that is padded to as many requests and tokens. What it refers to is
+    # either the engine's, at fixed addresses, or was reserved before the capture.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(
         self,
@@ -39,12 +43,17 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._encoder_only = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
-        self._workspace = _workspaces.setdefault(device, Workspace(device))
         impls = self._impls()
         self._num_layers = len(impls)
         self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
         for spec in self._specs[not self._encoder_only].values():
             attention_for(spec, device)  # compiles or loads the kernels before the first step
+        self._reservation = Reservation(
+            {key: spec for specs in self._specs.values() for key, spec in specs.items()},
+            device,
+            max_reqs=vllm_config.scheduler_config.max_num_seqs,
+            is_alone=not vllm_config.parallel_config.use_ubatching,
+        )
 
     def _impls(self) -> list[FIAttentionImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -91,7 +100,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             slot_mapping=common.slot_mapping,
             causal=bool(common.causal),
             batch=to_batch(common, encoder_only=self._encoder_only),
-            workspace=self._workspace,
+            reservation=self._reservation,
             plans={},
         )
         for key, spec in self._specs[metadata.causal].items():

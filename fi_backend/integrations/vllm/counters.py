@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fi_backend import runtime_counters
 
-__all__ = ["count_step", "read"]
+__all__ = ["count_call", "count_step", "read"]
 
 _steps = 0
 _layer_steps = 0
+_layer_calls = 0
 
 
 def count_step(num_layers: int) -> None:
@@ -17,11 +18,24 @@ def count_step(num_layers: int) -> None:
     _layer_steps += num_layers
 
 
+def count_call() -> None:
+    """Note that the engine called a layer to run its attention."""
+    global _layer_calls
+    _layer_calls += 1
+
+
 def read() -> dict[str, int]:
     """Return the counters of this process.
 
-    "attention_runs" is counted inside the native kernels' entry point, once per layer and step.
     "group_steps" and "layer_steps" are counted where steps are planned: of groups of layers, and of
-    single layers. So attention_runs == layer_steps where every planned layer ran on our kernels.
+    single layers. "layer_calls" are calls of a layer, which a CUDA graph makes once, when it is
+    captured: a step that replays one counts in layer_steps alone. "attention_runs" is counted
+    inside the native entry point of the CPU kernels, once per layer and step. So on the CPU
+    attention_runs == layer_calls == layer_steps where every planned layer ran on our kernels.
     """
-    return {**runtime_counters(), "group_steps": _steps, "layer_steps": _layer_steps}
+    return {
+        **runtime_counters(),
+        "group_steps": _steps,
+        "layer_steps": _layer_steps,
+        "layer_calls": _layer_calls,
+    }

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from fi_backend import AttentionSpec, PagedAttention, append_to_cache
 from fi_backend.errors import UnsupportedError
+from fi_backend.integrations.vllm import counters
 from fi_backend.integrations.vllm.kv_cache import cache_dtype, split_cache
 from fi_backend.integrations.vllm.metadata import FIMetadata
 
@@ -150,6 +151,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         Args:
             layer: the Attention module, for its scales.
             query: [num_tokens, num_heads, head_size], padding included; may be a strided view.
+                Rows of padding are not read, nor are their rows of output written.
             key: [num_tokens, num_kv_heads, head_size]; read by encoder-only layers alone, the
                 others find it in the cache.
             value: as key, with the value head size.
@@ -165,14 +167,9 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("output_scale and output_block_scale must be None; got a tensor")
-        tokens = attn_metadata.num_actual_tokens
-        if query.shape[0] != tokens:
-            query = query[:tokens]
-            target = output[:tokens]
-        else:
-            target = output
+        counters.count_call()
         if self._encoder_only:
-            return self._encode(attn_metadata, query, key, value, target, output)
+            return self._encode(attn_metadata, query, key, value, output)
 
         bound = self._bound
         if bound is None or not bound.fits(kv_cache, attn_metadata.causal):
@@ -181,7 +178,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             attn_metadata.plan_for(bound.plan_key, bound.attention.spec),
             query,
             bound.views,
-            out=target,
+            out=output,
             alibi_slopes=self.alibi_slopes,
             sinks=self._sinks_fp32,
             k_scale=layer._k_scale_float,
@@ -241,14 +238,11 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        target: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Attend to the step's own keys and values, without a cache."""
         assert key is not None
         assert value is not None
-        tokens = metadata.num_actual_tokens
-        key, value = key[:tokens], value[:tokens]
         spec = self.spec(
             q_dtype=query.dtype,
             page_size=1,
@@ -259,7 +253,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             metadata.plan_for(geometry_key(spec), spec),
             query,
             (key.unsqueeze(1), value.unsqueeze(1)),
-            out=target,
+            out=output,
             alibi_slopes=self.alibi_slopes,
             sinks=self._sinks_fp32,
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fi_backend import AttentionSpec, PagedBatch, Plan, Workspace, plan
+from fi_backend import AttentionSpec, PagedBatch, Plan
+from fi_backend.integrations.vllm.reservation import Reservation
 
 __all__ = ["FIMetadata", "to_batch"]
 
@@ -38,7 +39,7 @@ class FIMetadata:
         slot_mapping: int64 [num_tokens], where each token's key and value go; -1 for nowhere.
         causal: whether a token sees only its past.
         batch: the step as the core reads it.
-        workspace: scratch memory of the device.
+        reservation: the memory to plan into.
         plans: the division of work for each geometry among the group's layers.
     """
 
@@ -46,12 +47,12 @@ class FIMetadata:
     slot_mapping: torch.Tensor
     causal: bool
     batch: PagedBatch
-    workspace: Workspace
+    reservation: Reservation
     plans: dict[int, Plan]
 
     def plan_for(self, key: int, spec: AttentionSpec) -> Plan:
         """Return the step's plan for layers like `spec`, making it if no layer asked before."""
         found = self.plans.get(key)
         if found is None:
-            found = self.plans[key] = plan(spec, self.batch, self.workspace)
+            found = self.plans[key] = self.reservation.plan(key, spec, self.batch)
         return found
