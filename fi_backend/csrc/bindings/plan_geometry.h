@@ -14,17 +14,20 @@ struct TileLimits {
   int32_t tile_rows;
   int32_t cut_tokens;
   int32_t min_piece_tokens;
+  int32_t item_overhead;
 };
 
 // Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
 inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
-  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128};
+  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4};
 }
 
-// Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy.
+// Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy. Where memory is
+// busy, an item's page ids, queries and first tiles take as long to come as 128 tokens take to
+// read.
 inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo) {
   return {cuda_few_rows_limit(int(head_dim_qk), int(head_dim_vo)),
-          many_row_tile(int(head_dim_qk), int(head_dim_vo)), 64, 64};
+          many_row_tile(int(head_dim_qk), int(head_dim_vo)), 64, 64, 16};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
@@ -76,6 +79,7 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.num_workers = static_cast<int32_t>(num_workers);
   geometry.cut_tokens = limits.cut_tokens;
   geometry.min_piece_tokens = limits.min_piece_tokens;
+  geometry.item_overhead = limits.item_overhead;
   return geometry;
 }
 

@@ -10,7 +10,9 @@
 #include <fi_backend/attention/kv_ring.cuh>
 #include <fi_backend/attention/partials.cuh>
 #include <fi_backend/attention/query_rows.cuh>
+#include <fi_backend/ptx/atomic.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
+#include <fi_backend/ptx/load_global.cuh>
 
 namespace fi {
 
@@ -18,8 +20,10 @@ struct FewRowsParams {
   AttentionParams attention;
   const WorkGeometry* geometry;
   const LinePosition* starts;  // [num_workers + 1], of the few-row line
+  const RequestSpan* spans;    // [num_workers]
   int32_t* finished;           // [num_workers], 0 between launches
   PartialArea partials;
+  PageStep page_step;
   int32_t num_slots;  // of a warp's ring
 };
 
@@ -28,13 +32,14 @@ class FewRowsWorker {
   using Shared = FewRowsShared<Traits>;
   using Ring = KvRing<Traits>;
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
+  // Queries are loaded a whole unit ahead, but where accumulators need every register.
+  static constexpr bool kLoadsQueriesEarly = Traits::kUnitRows == kRowBlock;
 
  public:
   __device__ __forceinline__ FewRowsWorker(const FewRowsParams& p, uint8_t* shared_memory)
       : p_(p),
         shared_(*reinterpret_cast<Shared*>(shared_memory)),
-        warp_(threadIdx.x / kWarpSize),
-        queries_(p.attention, shared_.geometry, warp_) {}
+        queries_(p.attention, shared_.geometry) {}
 
   __device__ __forceinline__ void run() {
     constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
@@ -42,23 +47,29 @@ class FewRowsWorker {
       reinterpret_cast<int32_t*>(&shared_.geometry)[threadIdx.x] =
           reinterpret_cast<const int32_t*>(p_.geometry)[threadIdx.x];
     }
-    const LinePosition begin = p_.starts[blockIdx.x];
-    const LinePosition end = p_.starts[blockIdx.x + 1];
-    if (!comes_before(begin, end)) return;
+    const int4 span = *reinterpret_cast<const int4*>(p_.spans + blockIdx.x);
+    const WorkerRange range = {load_position(p_.starts + blockIdx.x),
+                               load_position(p_.starts + blockIdx.x + 1),
+                               {span.x, span.y, span.z, span.w}};
+    if (!comes_before(range.begin, range.end)) return;
     if (threadIdx.x < kFewRowsWarps) shared_.turn[threadIdx.x] = 0;
     __syncthreads();
     if (shared_.geometry.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
 
+    // Page ids, then queries, then tiles: in the order in which something waits for them.
     const AttentionParams& a = p_.attention;
-    shared_.units_to_load[warp_].start(begin, end, Traits::kUnitRows);
-    Ring ring(a, shared_.geometry, shared_.units_to_load[warp_], shared_.pages[warp_],
-              ring_address(), p_.num_slots, warp_);
-    units().start(begin, end, Traits::kUnitRows);
-    load_next();
+    WorkUnits& first = shared_.units_to_load[this_warp()];
+    if (!first.start(shared_.geometry, range, Traits::kUnitRows, a.qo_indptr, a.kv_lens)) return;
+    next_units().copy_from(first);
+    __syncwarp();
+    Ring ring(a, shared_.geometry, p_.page_step, first, shared_.pages[this_warp()], ring_address(),
+              p_.num_slots);
+    queries_.load_first(next_units());
+    ring.fill();
     store_next();
     __syncthreads();
-    while (has_next_) {
-      take_turn();
+    while (next_units().exists) {
+      begin_unit();
       const int blocks = (units().num_rows() + kRowBlock - 1) / kRowBlock;
       if constexpr (Traits::kUnitRows == kRowBlock) {
         compute<1>(ring);
@@ -76,33 +87,44 @@ class FewRowsWorker {
  private:
   __device__ __forceinline__ uint32_t ring_address() const {
     return ptx::shared_address(&shared_) + uint32_t(sizeof(Shared)) +
-           warp_ * p_.num_slots * Traits::kSlotBytes;
+           this_warp() * p_.num_slots * Traits::kSlotBytes;
   }
 
   // Which half of double buffers is the current unit's.
-  __device__ __forceinline__ int turn() const { return shared_.turn[warp_]; }
+  __device__ __forceinline__ int turn() const { return shared_.turn[this_warp()]; }
   __device__ __forceinline__ void take_turn() const {
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) shared_.turn[warp_] ^= 1;
+    if (threadIdx.x % kWarpSize == 0) shared_.turn[this_warp()] ^= 1;
     __syncwarp();
   }
 
   // The current unit, and the one after it.
-  __device__ __forceinline__ WorkUnits& units() const { return shared_.units[turn()][warp_]; }
+  __device__ __forceinline__ WorkUnits& units() const { return shared_.units[turn()][this_warp()]; }
   __device__ __forceinline__ WorkUnits& next_units() const {
-    return shared_.units[turn() ^ 1][warp_];
+    return shared_.units[turn() ^ 1][this_warp()];
   }
   __device__ __forceinline__ const LogitRow* rows() const { return shared_.rows[turn()]; }
 
-  // Step to the next unit and start loading its queries, well before they are stored.
-  __device__ __forceinline__ void load_next() {
+  // Step to the next unit. While its tiles are on their way, start loading the queries of the one
+  // after it, and find who else holds keys of a cut item.
+  __device__ __forceinline__ void begin_unit() {
+    take_turn();
     const AttentionParams& a = p_.attention;
     next_units().copy_from(units());
-    has_next_ = next_units().next(shared_.geometry, a.qo_indptr, a.kv_lens);
-    if (has_next_) queries_.load_first(next_units());
+    next_units().next(shared_.geometry, a.qo_indptr, a.kv_lens);
+    if (kLoadsQueriesEarly) queries_.load_first(next_units());
+    const bool is_last_to_start = units().first_tile() == kFewRowsWarps - 1;
+    if (!units().is_whole_item() && units().begins_piece() && is_last_to_start) {
+      const ItemPartials item =
+          find_partials(units().piece, units().chunk, p_.starts, gridDim.x, blockIdx.x);
+      if (threadIdx.x % kWarpSize == 0) {
+        shared_.partials = item;
+        ptx::prefetch_to_l2(p_.finished + item.first_holder);
+      }
+    }
   }
   __device__ __forceinline__ void store_next() const {
-    if (has_next_) queries_.store(next_units(), shared_.q, shared_.rows[turn() ^ 1]);
+    if (next_units().exists) queries_.store(next_units(), shared_.q, shared_.rows[turn() ^ 1]);
   }
 
   // Compute a unit of up to kBlocks blocks of rows. All but the last block is written, the last is
@@ -114,7 +136,7 @@ class FewRowsWorker {
         ptx::shared_address(shared_.q), rows(), make_logit_transform(p_.attention, piece),
         keys_all_see(p_.attention, shared_.geometry, kFewRows, piece));
     const int32_t end = units().tokens.end;
-    int32_t token = units().tokens.begin + units().first_tile(warp_) * kTileTokens;
+    int32_t token = units().tokens.begin + units().first_tile() * kTileTokens;
     for (; token < end; token += kFewRowsWarps * kTileTokens) {
       const uint32_t keys = ring.next_keys();
       softmax.attend(keys, token, end, [&ring] { return ring.next_values(); });
@@ -123,7 +145,7 @@ class FewRowsWorker {
     for (int block = 0;; ++block) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
-        if (n == block) softmax.store(n, shared_.states[warp_], shared_.values[warp_]);
+        if (n == block) softmax.store(n, shared_.states[this_warp()], shared_.values[this_warp()]);
       }
       if ((block + 1) * kRowBlock >= units().num_rows()) return;
       __syncthreads();
@@ -132,16 +154,14 @@ class FewRowsWorker {
     }
   }
 
-  // Write the last block of rows while the next unit's queries are on their way.
+  // Write the last block of rows.
   __device__ __forceinline__ void finish_unit() {
-    load_next();
-    const bool is_shared = !units().is_whole_item() && units().ends_piece();
-    if (is_shared && warp_ == kFewRowsWarps - 1) find_item_partials();
+    if (!kLoadsQueriesEarly) queries_.load_first(next_units());
     __syncthreads();
     write_block((units().num_rows() - 1) / kRowBlock * kRowBlock);
     store_next();
     __syncthreads();
-    if (is_shared) finish_piece();
+    if (!units().is_whole_item() && units().ends_piece()) finish_piece();
   }
 
   // Merge what the warps have of some rows, 8 from the unit's row `first` on, and write it.
@@ -152,20 +172,23 @@ class FewRowsWorker {
     for (int i = threadIdx.x; i < num_rows * kAccesses; i += kFewRowsThreads) {
       const int row = i / kAccesses;
       const int column = i % kAccesses * kValuesPerAccess;
-      RowPart merged = empty_part();
+      RowPart parts[kFewRowsWarps];
 #pragma unroll
       for (int w = 0; w < kFewRowsWarps; ++w) {
         const int warp = (units.first_warp() + w) % kFewRowsWarps;
-        if (w >= num_warps) break;
         const SoftmaxState state = shared_.states[warp][row];
         const float* values = &shared_.values[warp][row][column];
-        merge_part(merged, {state.max, state.sum, *reinterpret_cast<const float4*>(values)});
+        parts[w] = {w < num_warps ? state.max : minus_infinity(), state.sum,
+                    *reinterpret_cast<const float4*>(values)};
       }
+      RowPart merged = empty_part();
+      merge_parts(merged, parts);
       if (units.is_whole_item()) {
         write_output(units.piece, rows()[first + row], column, merged);
       } else {
-        const int end = partial_end(units.piece, units.piece.tokens);
-        const int64_t slot = p_.partials.slot(blockIdx.x, end, units.chunk_index());
+        const ItemPartials& item = shared_.partials;
+        const int64_t slot =
+            item.slot(p_.partials, item.is_chunked ? units.chunk_index() : item.rank);
         PartialSlot<Traits>(p_.attention.partials + slot)
             .store(units.first_row + first + row, column, merged);
       }
@@ -189,26 +212,15 @@ class FewRowsWorker {
     }
   }
 
-  __device__ __forceinline__ void find_item_partials() const {
-    const ItemPartials item = find_partials(units().piece, units().chunk, p_.starts, gridDim.x,
-                                            blockIdx.x, shared_.holders);
-    if (threadIdx.x % kWarpSize == 0) shared_.partials = item;
-  }
-
   // The last worker to finish its piece of an item merges them all.
   __device__ __forceinline__ void finish_piece() const {
     const ItemPartials& item = shared_.partials;
     if (threadIdx.x == 0) {
-      // The barrier before, this fence and the one after order all partials of the item before the
-      // merge, across CTAs.
-      __threadfence();
-      shared_.is_last = item.num_holders == 1;
-      if (item.num_holders > 1) {
-        int32_t* finished = p_.finished + item.first_holder;
-        shared_.is_last = atomicAdd(finished, 1) + 1 == item.num_holders;
-        if (shared_.is_last) *finished = 0;  // for the next launch
-        __threadfence();
-      }
+      // Between two barriers, this orders all partials of the item before the merge, across CTAs.
+      // The last count leaves 0 for the next launch.
+      const uint32_t last = item.num_holders - 1;
+      int32_t* finished = p_.finished + item.first_holder;
+      shared_.is_last = last == 0 || ptx::atomic_count_acq_rel(finished, last) == last;
     }
     __syncthreads();
     if (shared_.is_last) {
@@ -217,8 +229,7 @@ class FewRowsWorker {
         const int row = i / kAccesses;
         const int column = i % kAccesses * kValuesPerAccess;
         const RowPart merged =
-            merge_partials<Traits>(p_.attention.partials, p_.partials, shared_.holders,
-                                   item.num_partials, units().chunk != 0, row, column);
+            merge_partials<Traits>(p_.attention.partials, p_.partials, item, row, column);
         write_output(piece, make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row),
                      column, merged);
       }
@@ -228,9 +239,7 @@ class FewRowsWorker {
 
   const FewRowsParams& p_;
   Shared& shared_;
-  int warp_;
   QueryRows<Traits> queries_;  // of the next unit
-  bool has_next_ = false;
 };
 
 template <class Traits>
@@ -238,8 +247,9 @@ __global__ void __launch_bounds__(kFewRowsThreads, Traits::kCtasPerSm)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   ptx::grid_dependency_wait();
-  FewRowsWorker<Traits>(p, shared_memory).run();
+  // Workers with little to do make room early. The next kernel waits for all of this one.
   ptx::grid_dependency_launch();
+  FewRowsWorker<Traits>(p, shared_memory).run();
 }
 
 }  // namespace fi

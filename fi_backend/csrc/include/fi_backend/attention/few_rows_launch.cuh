@@ -44,8 +44,16 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
   const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
   PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
   if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
-  const FewRowsParams p = {params,   plan.geometry,  plan.starts[kFewRows], plan.finished[kFewRows],
-                           partials, shape.num_slots};
+  constexpr int kStep = kFewRowsWarps * kTileTokens;
+  const int32_t page_size = params.pages.page_size;
+  const FewRowsParams p = {params,
+                           plan.geometry,
+                           plan.starts[kFewRows],
+                           plan.spans[kFewRows],
+                           plan.finished[kFewRows],
+                           partials,
+                           {kStep / page_size, kStep % page_size},
+                           shape.num_slots};
   return launch(few_rows_kernel<Traits>, l.num_workers, dim3(kFewRowsThreads), shape.shared_bytes,
                 stream, l.enable_pdl, p);
 }
@@ -55,7 +63,6 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
 template <class Q, class Kv, class Out, int kQk, int kVo>
 cudaError_t few_rows(const AttentionParams& params, const FewRowsLaunch& l, cudaStream_t stream) {
   if (l.num_reqs == 0) return cudaSuccess;
-  if (l.num_workers > kMaxCudaWorkers) return cudaErrorInvalidValue;
   constexpr int kItemBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
   const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
   const int64_t typical_rows = group_size * ((l.num_rows + l.num_reqs - 1) / l.num_reqs);

@@ -24,13 +24,10 @@ struct PartialArea {
   FI_HOST_DEVICE constexpr int64_t floats(int64_t num_workers) const {
     return num_workers * 2 * chunks * slot_floats();
   }
-  // First float of a slot; `chunk` counts from the item's first.
+  // First float of a slot.
   FI_HOST_DEVICE constexpr int64_t slot(int32_t worker, int end, int chunk) const {
     return ((int64_t{worker} * 2 + end) * chunks + chunk) * slot_floats();
   }
 };
-
-// Bounded by the list of an item's holders, which lies in shared memory.
-constexpr int kMaxCudaWorkers = 1024;
 
 }  // namespace fi

@@ -3,6 +3,7 @@
 
 #include <fi_backend/attention/few_rows_shape.h>
 
+#include <fi_backend/attention/item_partials.cuh>
 #include <fi_backend/attention/logits.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
 #include <fi_backend/attention/work_units.cuh>
@@ -54,13 +55,6 @@ struct ComputeType<false> {
   using type = __nv_bfloat16;
 };
 
-// The partial states of an item that several workers or units compute.
-struct ItemPartials {
-  int32_t first_holder;
-  int32_t num_holders;
-  int32_t num_partials;
-};
-
 // A warp's softmax state of a row.
 struct SoftmaxState {
   float max;  // reference of the weights, base 2; -inf before the first key
@@ -71,10 +65,13 @@ struct SoftmaxState {
 struct RingPages {
   const int32_t* table;  // of the request; nullptr = pages from `first` on
   int32_t first;
-  int32_t last;  // page of the unit's last token, counted in the request as all below
-  int32_t step;  // pages and tokens from a warp's tile to its next
-  int32_t offset_step;
   bool hold_tiles;  // no tile lies in two pages
+};
+
+// From a warp's tile to its next.
+struct PageStep {
+  int32_t pages;
+  int32_t tokens;
 };
 
 // Shared memory begins with this; the rings [kFewRowsWarps, num_slots, kSlotBytes] follow.
@@ -89,9 +86,8 @@ struct alignas(128) FewRowsShared {
   int32_t turn[kFewRowsWarps];             // which of the two is the current one
   RingPages pages[kFewRowsWarps];
   WorkGeometry geometry;
-  ItemPartials partials;              // of the item of a cut piece
-  uint16_t holders[kMaxCudaWorkers];  // the workers that hold them, in key order
-  bool is_last;                       // to finish a piece of that item
+  ItemPartials partials;  // of the item of a cut piece
+  bool is_last;           // to finish a piece of that item
 };
 
 // Slots of a warp's ring, and the shared memory of a CTA.

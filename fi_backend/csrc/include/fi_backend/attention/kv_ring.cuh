@@ -19,23 +19,34 @@ class KvRing {
   using Kv = typename Traits::Kv;
 
  public:
-  // `units` is a walk of the ring's own, `pages` room for its use, `ring` the shared address of the
-  // warp's slots.
+  // `units` is a walk of the ring's own, at the first unit; `pages` is room for its use, `ring` the
+  // shared address of the warp's slots.
   __device__ __forceinline__ KvRing(const AttentionParams& p, const WorkGeometry& g,
-                                    WorkUnits& units, RingPages& pages, uint32_t ring,
-                                    int num_slots, int warp)
+                                    const PageStep& step, WorkUnits& units, RingPages& pages,
+                                    uint32_t ring, int num_slots)
       : p_(p),
         g_(g),
+        step_(step),
         units_(units),
         pages_(pages),
         ring_begin_(ring),
         ring_end_(ring + num_slots * Traits::kSlotBytes),
         read_(ring_end_ - Traits::kSlotBytes),
         write_(ring),
-        num_slots_(num_slots),
-        warp_(warp) {
-    advance();
-    for (int i = 0; i < num_slots / 2; ++i) {
+        num_slots_(num_slots) {
+    token_ = first_token();
+    has_tile_ = token_ < units_.tokens.end;
+    if (has_tile_) {
+      enter_unit();
+    } else {
+      enter_next_unit();
+    }
+    load_page_id();
+  }
+
+  // Start the copies that fit the ring. In between, what was loaded before may arrive.
+  __device__ __forceinline__ void fill() {
+    for (int i = 0; i < num_slots_ / 2; ++i) {
       issue_keys();
       issue_values();
     }
@@ -177,30 +188,41 @@ class KvRing {
   __device__ __forceinline__ void advance() {
     constexpr int kStep = kFewRowsWarps * kTileTokens;
     token_ += kStep;
-    page_ += pages_.step;
-    page_offset_ += pages_.offset_step;
+    page_ += step_.pages;
+    page_offset_ += step_.tokens;
     if (page_offset_ >= p_.pages.page_size) {
       page_offset_ -= p_.pages.page_size;
       ++page_;
     }
-    if (token_ >= units_.tokens.end) {
-      do {  // also before the first unit
-        has_tile_ = units_.next(g_, p_.qo_indptr, p_.kv_lens);
-        if (!has_tile_) return;
-        token_ = units_.tokens.begin + units_.first_tile(warp_) * kTileTokens;
-      } while (token_ >= units_.tokens.end);
-      enter_unit();
+    if (token_ >= units_.tokens.end) enter_next_unit();
+    load_page_id();
+  }
+
+  // The warp's first token of the current unit.
+  __device__ __forceinline__ int32_t first_token() const {
+    return units_.tokens.begin + units_.first_tile() * kTileTokens;
+  }
+
+  // Go to the next unit that has a tile for this warp.
+  __device__ __forceinline__ void enter_next_unit() {
+    do {
+      has_tile_ = units_.next(g_, p_.qo_indptr, p_.kv_lens);
+      if (!has_tile_) return;
+      token_ = first_token();
+    } while (token_ >= units_.tokens.end);
+    enter_unit();
+  }
+
+  // Pages past the unit's last token are not looked up: what follows does not read them.
+  __device__ __forceinline__ void load_page_id() {
+    if (has_tile_ && token_ + lane() % kTileTokens < units_.tokens.end) {
+      page_id_ = pages_.table != nullptr ? pages_.table[page_] : pages_.first + page_;
     }
-    // Pages past the unit's last token are not looked up.
-    const bool exists = token_ + lane() % kTileTokens < units_.tokens.end;
-    const int32_t page = exists ? page_ : pages_.last;
-    page_id_ = pages_.table != nullptr ? pages_.table[page] : pages_.first + page;
   }
 
   // Find the page of the lane's token, lane l having token l of the tile, and how it moves from
   // tile to tile.
   __device__ __forceinline__ void enter_unit() {
-    constexpr uint32_t kStep = kFewRowsWarps * kTileTokens;
     const uint32_t page_size = p_.pages.page_size;
     const uint32_t token = token_ + lane() % kTileTokens;
     page_ = token / page_size;
@@ -209,9 +231,6 @@ class KvRing {
       const int32_t request = units_.piece.request;
       pages_.table = p_.pages.pages_of(request);
       pages_.first = pages_.table == nullptr ? p_.pages.indptr[request] : 0;
-      pages_.last = (units_.tokens.end - 1) / page_size;
-      pages_.step = kStep / page_size;
-      pages_.offset_step = kStep % page_size;
       pages_.hold_tiles = page_size % kTileTokens == 0 && units_.tokens.begin % kTileTokens == 0;
     }
     __syncwarp();
@@ -219,6 +238,7 @@ class KvRing {
 
   const AttentionParams& p_;
   const WorkGeometry& g_;
+  const PageStep& step_;
   WorkUnits& units_;
   RingPages& pages_;
   uint32_t ring_begin_;
@@ -226,7 +246,6 @@ class KvRing {
   uint32_t read_;
   uint32_t write_;
   int num_slots_;
-  int warp_;
 
   // The tile that is issued next.
   bool has_tile_ = false;

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <fi_backend/attention/few_rows_traits.cuh>
-#include <fi_backend/attention/work_units.cuh>
-#include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
@@ -22,18 +20,30 @@ __device__ __forceinline__ RowPart empty_part() {
   return {minus_infinity(), 0.f, {0.f, 0.f, 0.f, 0.f}};
 }
 
-// Add `other` to `part`. States without keys change nothing, whatever their values are.
-__device__ __forceinline__ void merge_part(RowPart& part, const RowPart& other) {
-  if (other.max == minus_infinity()) return;
-  const float max = fmaxf(part.max, other.max);
-  const float mine = ptx::exp2_approx(part.max - max);
-  const float theirs = ptx::exp2_approx(other.max - max);
-  part.max = max;
-  part.sum = part.sum * mine + other.sum * theirs;
-  part.values.x = part.values.x * mine + other.values.x * theirs;
-  part.values.y = part.values.y * mine + other.values.y * theirs;
-  part.values.z = part.values.z * mine + other.values.z * theirs;
-  part.values.w = part.values.w * mine + other.values.w * theirs;
+// Add `parts` to `merged`, in order. States without keys change nothing, whatever their values are.
+template <int kCount>
+__device__ __forceinline__ void merge_parts(RowPart& merged, const RowPart (&parts)[kCount]) {
+  float max = merged.max;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) max = fmaxf(max, parts[i].max);
+  if (max == minus_infinity()) return;
+  const float scale = ptx::exp2_approx(merged.max - max);
+  merged.max = max;
+  merged.sum *= scale;
+  merged.values.x *= scale;
+  merged.values.y *= scale;
+  merged.values.z *= scale;
+  merged.values.w *= scale;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (parts[i].max == minus_infinity()) continue;
+    const float weight = ptx::exp2_approx(parts[i].max - max);
+    merged.sum += parts[i].sum * weight;
+    merged.values.x += parts[i].values.x * weight;
+    merged.values.y += parts[i].values.y * weight;
+    merged.values.z += parts[i].values.z * weight;
+    merged.values.w += parts[i].values.w * weight;
+  }
 }
 
 // A slot of the workspace. What other SMs have written is in L2, not in L1.
@@ -59,83 +69,25 @@ struct PartialSlot {
   }
 };
 
-// A worker's part of an item lies at the tail of its piece of the line if the item begins there.
-__device__ __forceinline__ int partial_end(const WorkPiece& piece, const KvRange& part) {
-  return part.begin == piece.item.begin ? 1 : 0;
-}
-
-// The workers [begin, end) among which all holders of the piece's item are, found by a whole warp.
-__device__ __forceinline__ KvRange find_item_workers(const WorkPiece& piece,
-                                                     const LinePosition* starts,
-                                                     int32_t num_workers, int32_t worker) {
-  const int lane = threadIdx.x % kWarpSize;
-  KvRange workers;
-  unsigned found = 0;
-  for (int32_t from = worker; found == 0; from -= kWarpSize) {
-    const int32_t w = from - lane;
-    found = __ballot_sync(kFullWarp,
-                          w <= 0 || worker_tokens(piece, starts, w).begin <= piece.item.begin);
-    workers.begin = from - (__ffs(found) - 1);
-  }
-  found = 0;
-  for (int32_t from = worker; found == 0; from += kWarpSize) {
-    const int32_t w = from + lane;
-    found = __ballot_sync(
-        kFullWarp, w >= num_workers - 1 || worker_tokens(piece, starts, w).end >= piece.item.end);
-    workers.end = from + __ffs(found);
-  }
-  return workers;
-}
-
-// Find the partials of the piece's item and list the worker of each, in key order, by a whole warp.
-// chunk: tokens per chunk of the item, 0 = a piece is one chunk.
-__device__ __forceinline__ ItemPartials find_partials(const WorkPiece& piece, int32_t chunk,
-                                                      const LinePosition* starts,
-                                                      int32_t num_workers, int32_t worker,
-                                                      uint16_t* list) {
-  const unsigned lane = threadIdx.x % kWarpSize;
-  const KvRange workers = find_item_workers(piece, starts, num_workers, worker);
-  ItemPartials item = {workers.begin, 0, 0};
-  for (int32_t from = workers.begin; from < workers.end; from += kWarpSize) {
-    const int32_t w = from + lane;
-    const KvRange part = w < workers.end ? worker_tokens(piece, starts, w) : KvRange{0, 0};
-    const unsigned holders = __ballot_sync(kFullWarp, part.begin < part.end);
-    if (part.begin < part.end) {
-      int first = item.num_holders + __popc(holders & ((1u << lane) - 1));
-      int count = 1;
-      if (chunk != 0) {
-        first = (part.begin - piece.item.begin) / chunk;
-        count = (part.end - part.begin + chunk - 1) / chunk;
-      }
-      for (int i = 0; i < count; ++i) list[first + i] = static_cast<uint16_t>(w);
-    }
-    item.num_holders += __popc(holders);
-  }
-  const int32_t num_tokens = piece.item.end - piece.item.begin;
-  item.num_partials = chunk == 0 ? item.num_holders : (num_tokens + chunk - 1) / chunk;
-  return item;
-}
-
 // Merge values [column, column + 4) of a row over an item's partials, in key order.
 template <class Traits>
 __device__ __forceinline__ RowPart merge_partials(float* partials, const PartialArea& area,
-                                                  const uint16_t* list, int count, bool is_chunked,
-                                                  int row, int column) {
-  constexpr int kInFlight = 8;  // loads that cover each other's latency
+                                                  const ItemPartials& item, int row, int column) {
+  constexpr int kInFlight = 16;  // loads that cover each other's latency
+  const int32_t step = item.slot_step(area);
+  float* later = partials + item.later_slots(area);
   RowPart merged = empty_part();
-  for (int first = 0; first < count; first += kInFlight) {
+  for (int32_t first = 0; first < item.count; first += kInFlight) {
     RowPart parts[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int index = min(first + i, count - 1);
-      const int end = list[index] == list[0] ? 1 : 0;  // the first holder has the item at its tail
-      float* slot = partials + area.slot(list[index], end, is_chunked ? index : 0);
-      parts[i] = PartialSlot<Traits>(slot).load(row, column);
+      parts[i] = empty_part();
+      const int32_t index = first + i;
+      float* slot = later + int64_t{index} * step;
+      if (i == 0 && first == 0) slot = partials + item.first_slot(area);
+      if (index < item.count) parts[i] = PartialSlot<Traits>(slot).load(row, column);
     }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (first + i < count) merge_part(merged, parts[i]);
-    }
+    merge_parts(merged, parts);
   }
   return merged;
 }

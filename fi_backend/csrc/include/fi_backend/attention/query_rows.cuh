@@ -43,19 +43,20 @@ class QueryRows {
   static_assert(Rows::kChunks <= kWarpSize, "a warp reads a row at once");
 
  public:
-  __device__ __forceinline__ QueryRows(const AttentionParams& p, const WorkGeometry& g, int warp)
-      : p_(p), g_(g), warp_(warp) {}
+  __device__ __forceinline__ QueryRows(const AttentionParams& p, const WorkGeometry& g)
+      : p_(p), g_(g) {}
 
   __device__ __forceinline__ void load_first(const WorkUnits& units) {
-    first_ = load(units, warp_);
+    first_ = load(units, this_warp());
   }
 
   // Store all rows, and zeros up to a whole block. Whoever reads them needs a barrier after this.
   __device__ __forceinline__ void store(const WorkUnits& units, uint8_t* q, LogitRow* rows) const {
     const int num_rows = (units.num_rows() + kRowBlock - 1) / kRowBlock * kRowBlock;
+    const int first = this_warp();
 #pragma unroll 1
-    for (int row = warp_; row < num_rows; row += kFewRowsWarps) {
-      const Chunk chunk = row == warp_ ? first_ : load(units, row);
+    for (int row = first; row < num_rows; row += kFewRowsWarps) {
+      const Chunk chunk = row == first ? first_ : load(units, row);
       LogitRow logit_row = {};  // of a row that does not exist: it sees no key
       if (row < units.num_rows()) {
         logit_row = make_logit_row(p_, g_, kFewRows, units.piece, units.first_row + row);
@@ -71,7 +72,7 @@ class QueryRows {
   // The lane's chunk of a row; zeros where there is none.
   __device__ __forceinline__ Chunk load(const WorkUnits& units, int row) const {
     const WorkPiece& piece = units.piece;
-    if (row >= units.num_rows() || lane() >= Rows::kChunks) return {};
+    if (!units.exists || row >= units.num_rows() || lane() >= Rows::kChunks) return {};
     const int packed = units.first_row + row;
     const int token = packed / g_.group_size;
     const int head = piece.kv_head * g_.group_size + packed - token * g_.group_size;
@@ -111,7 +112,6 @@ class QueryRows {
 
   const AttentionParams& p_;
   const WorkGeometry& g_;
-  int warp_;
   Chunk first_;
 };
 

@@ -95,14 +95,13 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     plan.finished[kLine][w] = 0;
     const int64_t at = worker_cost(total, g.num_workers, w);
     if (at >= total) {
-      plan.starts[kLine][w] = {g.num_reqs, 0, 0, 0};
+      plan_end(g, kLine, w, plan);
       continue;
     }
     const int32_t sample = last_at_most(memory.samples, 0, num_samples, at) * sample_stride;
     const int32_t r = last_at_most(prefix, sample, min(sample + sample_stride, g.num_reqs), at);
     const int64_t cost_before = sample_stride == 1 ? memory.samples[r] : prefix[r];
-    plan.starts[kLine][w] =
-        locate(g, kLine, r, request_lens(p.qo_indptr, p.kv_lens, r), at - cost_before);
+    plan_start(g, kLine, p.qo_indptr, p.kv_lens, r, at - cost_before, w, plan);
   }
 }
 

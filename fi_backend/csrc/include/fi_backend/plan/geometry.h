@@ -28,11 +28,20 @@ struct WorkGeometry {
   int32_t num_workers;
   int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this many tokens
   int32_t min_piece_tokens;  // and a cut that would leave less moves to the item's edge
+  int32_t item_overhead;     // cost of an item besides its keys, in units (work_cost.h)
 };
 
 struct RequestLens {
   int32_t qo_len;
   int32_t kv_len;
+};
+
+// A request's place in q, and its lengths.
+struct RequestSpan {
+  int32_t qo_begin;
+  int32_t qo_len;
+  int32_t kv_len;
+  int32_t unused;  // 16 bytes can be one load
 };
 
 struct KvRange {
@@ -56,6 +65,12 @@ FI_HOST_DEVICE RequestLens request_lens(const int32_t* qo_indptr, const int32_t*
   return {first_row < 0 || end_row < first_row ? 0 : end_row - first_row, kv_len < 0 ? 0 : kv_len};
 }
 
+FI_HOST_DEVICE RequestSpan request_span(const int32_t* qo_indptr, const int32_t* kv_lens,
+                                        int32_t request) {
+  const RequestLens lens = request_lens(qo_indptr, kv_lens, request);
+  return {qo_indptr[request], lens.qo_len, lens.kv_len, 0};
+}
+
 FI_HOST_DEVICE int line_of(const WorkGeometry& g, int32_t qo_len) {
   return int64_t{qo_len} * g.group_size <= g.few_rows_limit ? kFewRows : kManyRows;
 }
@@ -74,26 +89,27 @@ FI_HOST_DEVICE int32_t num_tile_rows(const WorkGeometry& g, int line, int32_t qo
   return static_cast<int32_t>(min64(g.tile_rows, rows - int64_t{q_tile} * g.tile_rows));
 }
 
-// The kv tokens that query token qo_idx of a request sees.
+// The kv tokens that query token qo_idx < qo_len of a request sees.
 FI_HOST_DEVICE KvRange visible_tokens(const WorkGeometry& g, int32_t qo_len, int32_t kv_len,
-                                      int64_t qo_idx) {
-  const int64_t diagonal = int64_t{kv_len} - qo_len + qo_idx;  // the row's own position
-  const int64_t end = g.causal ? max64(0, min64(kv_len, diagonal + 1)) : kv_len;
-  const int64_t begin = g.window_left < 0 ? 0 : min64(end, max64(0, diagonal - g.window_left));
-  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+                                      int32_t qo_idx) {
+  const int32_t diagonal = kv_len - qo_len + qo_idx;  // the row's own position, below kv_len
+  const int32_t end = !g.causal ? kv_len : diagonal < 0 ? 0 : diagonal + 1;
+  const bool sees_all_before = g.window_left < 0 || diagonal <= g.window_left;
+  const int32_t begin = sees_all_before ? 0 : diagonal - g.window_left;
+  return {begin < end ? begin : end, end};
 }
 
 // The kv tokens that at least one row of a query tile sees: one range, since ranges of consecutive
 // rows overlap or touch.
 FI_HOST_DEVICE KvRange item_tokens(const WorkGeometry& g, int line, int32_t qo_len, int32_t kv_len,
                                    int32_t q_tile) {
-  int64_t first_token = 0;
-  int64_t last_token = int64_t{qo_len} - 1;
+  int32_t first_token = 0;
+  int32_t last_token = qo_len - 1;
   if (line == kManyRows) {
     const QuotRem first = divide_index(int64_t{q_tile} * g.tile_rows, g.group_size);
     const int32_t last_row = num_tile_rows(g, line, qo_len, q_tile) - 1;  // of the tile
-    first_token = first.quot;
-    last_token = first_token + uint32_t(first.rem + last_row) / uint32_t(g.group_size);
+    first_token = static_cast<int32_t>(first.quot);
+    last_token = first_token + int32_t(uint32_t(first.rem + last_row) / uint32_t(g.group_size));
   }
   const KvRange first = visible_tokens(g, qo_len, kv_len, first_token);
   const KvRange last = visible_tokens(g, qo_len, kv_len, last_token);

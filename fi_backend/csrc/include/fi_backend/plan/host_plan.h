@@ -24,12 +24,11 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       plan.finished[line][w] = 0;
       const int64_t cost = worker_cost(total, geometry.num_workers, w);
       if (cost >= total) {
-        plan.starts[line][w] = {geometry.num_reqs, 0, 0, 0};
+        plan_end(geometry, line, w, plan);
         continue;
       }
       const int32_t r = last_at_most(prefix, 0, geometry.num_reqs, cost);
-      const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
-      plan.starts[line][w] = locate(geometry, line, r, lens, cost - prefix[r]);
+      plan_start(geometry, line, qo_indptr, kv_lens, r, cost - prefix[r], w, plan);
     }
   }
 }

@@ -8,7 +8,6 @@ namespace fi {
 
 constexpr int kCostTokens = 16;  // kv tokens per unit of cost
 constexpr int kCostRows = 16;    // packed query rows per unit of cost
-constexpr int kItemCost = 4;     // fixed cost of an item, in units
 
 // Cost of one unit of kv tokens of an item: memory traffic counts as one more unit of rows.
 FI_HOST_DEVICE int32_t unit_cost(int32_t num_rows) {
@@ -25,7 +24,7 @@ FI_HOST_DEVICE int64_t item_cost(const WorkGeometry& g, int line, int32_t qo_len
   const int32_t height = line == kFewRows ? qo_len : rows / g.group_size;
   const int32_t triangle = !g.causal ? 0 : (height < num_tokens ? height : num_tokens) / 2;
   const uint32_t units = (uint32_t(num_tokens - triangle) + kCostTokens - 1) / kCostTokens;
-  return kItemCost + int64_t{units} * unit_cost(rows);
+  return g.item_overhead + int64_t{units} * unit_cost(rows);
 }
 
 // One end of the key range of a request's full tiles, which moves by the same number of keys from
@@ -54,6 +53,7 @@ struct HeadCost {
   TileEdge key_end;
   TileEdge key_begin;
   int64_t last;  // cost of the tile after the full ones
+  int32_t item_overhead;
   int32_t full_unit_cost;
   int32_t full_unit_keys;  // kv tokens of a unit, times group size
   int32_t num_full;        // tiles of tile_rows rows
@@ -63,11 +63,11 @@ struct HeadCost {
   FI_HOST_DEVICE int64_t before(int32_t n) const {
     const int32_t full = n < num_full ? n : num_full;
     const int64_t units = divide_index(full_cost(full), full_unit_keys).quot;
-    return int64_t{kItemCost} * full + units + (n > num_full ? last : 0);
+    return int64_t{item_overhead} * full + units + (n > num_full ? last : 0);
   }
   // before(n) <= cost for n <= num_full, without the division: a search asks this often.
   FI_HOST_DEVICE bool is_before_at_most(int32_t n, int64_t cost) const {
-    return full_cost(n) < (cost - int64_t{kItemCost} * n + 1) * full_unit_keys;
+    return full_cost(n) < (cost - int64_t{item_overhead} * n + 1) * full_unit_keys;
   }
   FI_HOST_DEVICE int64_t all() const { return before(num_tiles); }
 
@@ -80,6 +80,7 @@ struct HeadCost {
 FI_HOST_DEVICE HeadCost make_head_cost(const WorkGeometry& g, int line, int32_t qo_len,
                                        int32_t kv_len) {
   HeadCost cost = {};
+  cost.item_overhead = g.item_overhead;
   cost.full_unit_keys = 1;
   if (qo_len <= 0 || line_of(g, qo_len) != line) return cost;
   cost.num_tiles = 1;

@@ -46,11 +46,13 @@ FI_HOST_DEVICE int32_t legal_cut(const WorkGeometry& g, int line, int32_t num_to
 
 // The plan's arrays in its int32 buffer, which is aligned to 8 bytes. Workers own neighbouring
 // pieces of a line: starts[line][w] is where worker w begins, starts[line][num_workers] the end.
+// Starts and spans are 16 bytes each, and as well aligned as the buffer up to that.
 struct PlanView {
   WorkGeometry* geometry;
   int32_t* has_work;                // [kNumLines], 1 if the line has any item, else 0
   int64_t* prefix_cost[kNumLines];  // [num_reqs + 1], cost of the line's requests before r
   LinePosition* starts[kNumLines];  // [num_workers + 1]
+  RequestSpan* spans[kNumLines];    // [num_workers + 1], of the requests where workers begin
   int32_t* finished[kNumLines];     // [num_workers + 1], 0: counters for the run, which leaves 0
 };
 
@@ -59,7 +61,7 @@ constexpr int kHasWorkInt = 14;  // place of has_work in the header
 static_assert(sizeof(WorkGeometry) <= kHasWorkInt * sizeof(int32_t), "header too small");
 
 FI_HOST_DEVICE int64_t plan_ints(int64_t num_reqs, int64_t num_workers) {
-  return kPlanHeaderInts + kNumLines * (2 * (num_reqs + 1) + 5 * (num_workers + 1));
+  return kPlanHeaderInts + kNumLines * (2 * (num_reqs + 1) + 9 * (num_workers + 1));
 }
 
 FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num_workers) {
@@ -70,10 +72,12 @@ FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num
   const int64_t num_starts = int64_t{num_workers} + 1;
   auto* cost = reinterpret_cast<int64_t*>(buffer + kPlanHeaderInts);
   auto* starts = reinterpret_cast<LinePosition*>(cost + kNumLines * num_costs);
-  auto* finished = reinterpret_cast<int32_t*>(starts + kNumLines * num_starts);
+  auto* spans = reinterpret_cast<RequestSpan*>(starts + kNumLines * num_starts);
+  auto* finished = reinterpret_cast<int32_t*>(spans + kNumLines * num_starts);
   for (int line = 0; line < kNumLines; ++line) {
     plan.prefix_cost[line] = cost + line * num_costs;
     plan.starts[line] = starts + line * num_starts;
+    plan.spans[line] = spans + line * num_starts;
     plan.finished[line] = finished + line * num_starts;
   }
   return plan;
@@ -90,6 +94,14 @@ FI_HOST_DEVICE int32_t last_at_most(const int64_t* values, int32_t begin, int32_
     }
   }
   return begin;
+}
+
+// The place of the item after the one at `at`, whose request has num_tiles query tiles.
+FI_HOST_DEVICE LinePosition next_item(const WorkGeometry& g, int32_t num_tiles,
+                                      const LinePosition& at) {
+  if (at.q_tile + 1 < num_tiles) return {at.request, at.kv_head, at.q_tile + 1, 0};
+  if (at.kv_head + 1 < g.num_kv_heads) return {at.request, at.kv_head + 1, 0, 0};
+  return {at.request + 1, 0, 0, 0};
 }
 
 // Find the place of a cost inside a request, moved to a legal cut. Places grow with costs.
@@ -111,13 +123,29 @@ FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t requ
   const KvRange tokens = item_tokens(g, line, lens.qo_len, lens.kv_len, at.q_tile);
   const int32_t num_tokens = tokens.end - tokens.begin;
   const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
-  const int64_t wish = divide_index(max64(0, in_item - kItemCost) * kCostTokens, rows_cost).quot;
+  const int64_t wish =
+      divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
   at.kv_offset = legal_cut(g, line, num_tokens, min64(wish, num_tokens));
-  if (num_tokens > 0 && at.kv_offset == num_tokens) {
-    ++at.q_tile;
-    at.kv_offset = 0;
-  }
-  return at;
+  return num_tokens > 0 && at.kv_offset == num_tokens ? next_item(g, head.num_tiles, at) : at;
+}
+
+// Write where worker w begins: at a cost inside of `request`.
+FI_HOST_DEVICE void plan_start(const WorkGeometry& g, int line, const int32_t* qo_indptr,
+                               const int32_t* kv_lens, int32_t request, int64_t cost, int32_t w,
+                               const PlanView& plan) {
+  const RequestSpan here = request_span(qo_indptr, kv_lens, request);
+  // A legal cut may lie at the next request. Its lengths are loaded together with this one's.
+  RequestSpan next = {};
+  if (request + 1 < g.num_reqs) next = request_span(qo_indptr, kv_lens, request + 1);
+  const LinePosition start = locate(g, line, request, {here.qo_len, here.kv_len}, cost);
+  plan.starts[line][w] = start;
+  plan.spans[line][w] = start.request == request ? here : next;
+}
+
+// Write the start of a worker that has nothing to do, or the end of the line.
+FI_HOST_DEVICE void plan_end(const WorkGeometry& g, int line, int32_t w, const PlanView& plan) {
+  plan.starts[line][w] = {g.num_reqs, 0, 0, 0};
+  plan.spans[line][w] = {};
 }
 
 // Cost at which worker w of a line begins, without overflow.

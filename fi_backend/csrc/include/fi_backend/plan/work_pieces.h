@@ -30,36 +30,34 @@ FI_HOST_DEVICE bool same_item(const LinePosition& a, const LinePosition& b) {
   return a.request == b.request && a.kv_head == b.kv_head && a.q_tile == b.q_tile;
 }
 
+// Take the piece at `at`, in an item of the request that `span` is of, and move `at` past it.
+FI_HOST_DEVICE void take_piece(const WorkGeometry& g, int line, const RequestSpan& span,
+                               const LinePosition& end, LinePosition& at, WorkPiece& piece) {
+  const KvRange item = item_tokens(g, line, span.qo_len, span.kv_len, at.q_tile);
+  const bool cut = same_item(at, end);
+  piece.request = at.request;
+  piece.kv_head = at.kv_head;
+  piece.q_tile = at.q_tile;
+  piece.qo_begin = span.qo_begin;
+  piece.qo_len = span.qo_len;
+  piece.kv_len = span.kv_len;
+  piece.num_rows = num_tile_rows(g, line, span.qo_len, at.q_tile);
+  piece.item = item;
+  piece.tokens = {item.begin + at.kv_offset, cut ? item.begin + end.kv_offset : item.end};
+  at = cut ? end : next_item(g, num_q_tiles(g, line, span.qo_len), at);
+}
+
 // Take the piece at `at` and move `at` past it; false where nothing is left before `end`.
 FI_HOST_DEVICE bool next_piece(const WorkGeometry& g, int line, const int32_t* qo_indptr,
                                const int32_t* kv_lens, const LinePosition& end, LinePosition& at,
                                WorkPiece& piece) {
   while (at.request < g.num_reqs && comes_before(at, end)) {
-    const auto [qo_len, kv_len] = request_lens(qo_indptr, kv_lens, at.request);
-    const int32_t num_tiles = num_q_tiles(g, line, qo_len);
-    if (at.q_tile >= num_tiles) {
-      const bool next_request = num_tiles == 0 || at.kv_head + 1 >= g.num_kv_heads;
-      at = {at.request + (next_request ? 1 : 0), next_request ? 0 : at.kv_head + 1, 0, 0};
-      continue;
+    const RequestSpan span = request_span(qo_indptr, kv_lens, at.request);
+    if (num_q_tiles(g, line, span.qo_len) > 0) {
+      take_piece(g, line, span, end, at, piece);
+      return true;
     }
-    const KvRange item = item_tokens(g, line, qo_len, kv_len, at.q_tile);
-    const bool cut = same_item(at, end);
-    piece.request = at.request;
-    piece.kv_head = at.kv_head;
-    piece.q_tile = at.q_tile;
-    piece.qo_begin = qo_indptr[at.request];
-    piece.qo_len = qo_len;
-    piece.kv_len = kv_len;
-    piece.num_rows = num_tile_rows(g, line, qo_len, at.q_tile);
-    piece.item = item;
-    piece.tokens = {item.begin + at.kv_offset, cut ? item.begin + end.kv_offset : item.end};
-    if (cut) {
-      at = end;
-    } else {
-      at.q_tile += 1;
-      at.kv_offset = 0;
-    }
-    return true;
+    at = {at.request + 1, 0, 0, 0};
   }
   return false;
 }

@@ -17,6 +17,11 @@ __device__ __forceinline__ uint4 load_global_once(const uint4* address) {
   return v;
 }
 
+// Bring the line of an address into L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Narrower words come from unaligned rows, where neighbours share a sector: L1 helps those.
 template <class Word>
 __device__ __forceinline__ Word load_global_once(const Word* address) {
