@@ -15,6 +15,7 @@ import torch
 import fi_backend
 from benchmarks.report import Row, print_row
 from benchmarks.timing import interleaved
+from fi_backend.integrations.vllm.huge_pages import advise_huge_pages
 from tests.reference import Mask
 from tests.reference import attention as reference_attention
 
@@ -105,7 +106,7 @@ Backend = Callable[[], torch.Tensor]
 
 
 def ours(problem: Problem) -> Backend:
-    """Run PagedAttention on vLLM's cache as our backend gets it: [pages, heads, tokens, K | V]."""
+    """Run PagedAttention on vLLM's cache as our backend has it: [pages, heads, tokens, K | V]."""
     cell = problem.cell
     spec = fi_backend.AttentionSpec(
         num_qo_heads=cell.num_qo_heads,
@@ -117,7 +118,8 @@ def ours(problem: Problem) -> Backend:
     )
     pages = problem.block_table.numel()
     shape = (pages, cell.num_kv_heads, PAGE_SIZE, 2 * cell.head_dim)
-    cache = torch.zeros(shape, dtype=cell.dtype).transpose(1, 2)
+    cache = torch.empty(shape, dtype=cell.dtype).transpose(1, 2)
+    advise_huge_pages(cache)
     k_cache, v_cache = cache[..., : cell.head_dim], cache[..., cell.head_dim :]
     for target, rows in ((k_cache, problem.k), (v_cache, problem.v)):
         target[problem.slots // PAGE_SIZE, problem.slots % PAGE_SIZE] = rows

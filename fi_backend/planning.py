@@ -64,11 +64,16 @@ def _partial_floats(
     )
 
 
+# Pieces of the work for each thread of a CPU, which takes the next one when it is done with one:
+# threads are never equally fast, and two halves take as long as the slower one.
+_PIECES_PER_THREAD = 4
+
+
 def default_workers(device: torch.device) -> int:
-    """Threads on the CPU; on a GPU the thread blocks of the few-row kernel that run at a time."""
+    """Pieces for the threads of a CPU, or the few-row kernel's thread blocks that a GPU holds."""
     if device.type == "cuda":
         return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
+    return _PIECES_PER_THREAD * torch.get_num_threads()
 
 
 def workspace_bytes(
@@ -121,8 +126,9 @@ def plan(
         workspace: scratch memory on the batch's device.
         into: a plan whose buffer is refilled if it is large enough; its earlier contents are gone.
             Made for the same geometry in the same workspace, it saves a step most of the checks.
-        num_workers: threads, or thread blocks of a GPU, to divide among. None for
-            torch.get_num_threads(), or two blocks for each multiprocessor.
+        num_workers: pieces to divide the work into, each for a thread of the CPU that is free or
+            for a thread block of a GPU. None for four pieces a thread of torch's, or two blocks
+            for each multiprocessor.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
             -1 never cuts them: either makes a request's bits independent of its batch mates.
 

@@ -52,7 +52,7 @@ def partial_floats(
     """Count the float32 elements of the workspace `partials`: it grows with workers alone.
 
     Args:
-        num_workers: threads of the plan.
+        num_workers: workers of the plan.
         head_dim_qk: size of a query or key row.
         head_dim_vo: size of a value or output row.
         num_qo_heads: ignored; head counts do not change the bound on the CPU.

@@ -76,7 +76,7 @@ def host_plan(
         kv_dtype: type of the cache. Tiles do not depend on it.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
-        num_workers: threads, or thread blocks, that will run the plan.
+        num_workers: pieces to divide into, each for a thread or a thread block.
         split: 0 cuts work anywhere; -1 never cuts a request's keys; n > 0 cuts them at multiples
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.

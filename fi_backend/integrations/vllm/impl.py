@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from fi_backend import AttentionSpec, PagedAttention, append_to_cache
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
+from fi_backend.integrations.vllm.huge_pages import advise_huge_pages
 from fi_backend.integrations.vllm.kv_cache import cache_dtype, split_cache
 from fi_backend.integrations.vllm.metadata import FIMetadata
 
@@ -218,6 +219,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         )
 
     def _bind(self, kv_cache: torch.Tensor, dtype: torch.dtype, causal: bool) -> _Bound:
+        advise_huge_pages(kv_cache)  # nothing has been written yet
         views = split_cache(kv_cache, self.head_size, cache_dtype(self.kv_cache_dtype, dtype))
         spec = self.spec(
             q_dtype=dtype, page_size=views[0].shape[1], head_dim_vo=views[1].shape[3], causal=causal

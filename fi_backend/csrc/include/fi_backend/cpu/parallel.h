@@ -8,6 +8,8 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -17,7 +19,7 @@ namespace fi::cpu {
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned num_threads, unsigned flags) = nullptr;
   int (*thread_num)() = nullptr;
-  int (*team_size)() = nullptr;
+  int (*max_threads)() = nullptr;
 };
 
 namespace detail {
@@ -37,9 +39,9 @@ inline int find_openmp(dl_phdr_info* info, size_t, void* result) {
   found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(handle, "GOMP_parallel"));
   found.thread_num =
       reinterpret_cast<decltype(found.thread_num)>(dlsym(handle, "omp_get_thread_num"));
-  found.team_size =
-      reinterpret_cast<decltype(found.team_size)>(dlsym(handle, "omp_get_num_threads"));
-  if (found.parallel == nullptr || found.thread_num == nullptr || found.team_size == nullptr) {
+  found.max_threads =
+      reinterpret_cast<decltype(found.max_threads)>(dlsym(handle, "omp_get_max_threads"));
+  if (found.parallel == nullptr || found.thread_num == nullptr || found.max_threads == nullptr) {
     dlclose(handle);
     return 0;
   }
@@ -60,33 +62,39 @@ inline const OpenMP& openmp() {
   return runtime;
 }
 
-// Call body(worker) once for every worker in [0, num_workers). Workers may run on fewer threads
-// than num_workers, so they must not wait for one another. body must not throw.
+// Call body(worker, thread) once for every worker in [0, num_workers), in ascending order. A thread
+// takes the next worker when it is done with one, so that a slow thread gets fewer of them; workers
+// must not wait for one another. No two calls with one `thread`, below num_workers, run at a time.
+// body must not throw.
 template <class Body>
 void parallel(int num_workers, const Body& body) {
   if (num_workers <= 1) {
-    if (num_workers == 1) body(0);
+    if (num_workers == 1) body(0, 0);
     return;
   }
   struct Task {
     const Body* body;
     int num_workers;
-  } task{&body, num_workers};
+    std::atomic<int> next;
+
+    void run(int thread) {
+      for (int w; (w = next.fetch_add(1, std::memory_order_relaxed)) < num_workers;) {
+        (*body)(w, thread);
+      }
+    }
+  } task{&body, num_workers, {0}};
   const OpenMP& runtime = openmp();
   if (runtime.parallel != nullptr) {
+    const int team_size = std::min(num_workers, runtime.max_threads());
     runtime.parallel(
-        [](void* argument) {
-          const Task& t = *static_cast<const Task*>(argument);
-          const int team_size = openmp().team_size();
-          for (int w = openmp().thread_num(); w < t.num_workers; w += team_size) (*t.body)(w);
-        },
-        &task, static_cast<unsigned>(num_workers), 0);
+        [](void* argument) { static_cast<Task*>(argument)->run(openmp().thread_num()); }, &task,
+        static_cast<unsigned>(team_size), 0);
     return;
   }
+  const int num_threads = std::min<int>(num_workers, std::thread::hardware_concurrency());
   std::vector<std::thread> threads;
-  threads.reserve(num_workers - 1);
-  for (int w = 1; w < num_workers; ++w) threads.emplace_back([&body, w] { body(w); });
-  body(0);
+  for (int t = 1; t < num_threads; ++t) threads.emplace_back([&task, t] { task.run(t); });
+  task.run(0);
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -96,7 +104,7 @@ void parallel_for(int64_t count, int64_t min_share, int num_threads, const Body&
   if (count <= 0) return;
   const int64_t max_workers = (count + min_share - 1) / min_share;
   const int num_workers = static_cast<int>(max_workers < num_threads ? max_workers : num_threads);
-  parallel(num_workers < 1 ? 1 : num_workers, [&](int worker) {
+  parallel(num_workers < 1 ? 1 : num_workers, [&](int worker, int) {
     const int64_t workers = num_workers < 1 ? 1 : num_workers;
     body(count * worker / workers, count * (worker + 1) / workers);
   });

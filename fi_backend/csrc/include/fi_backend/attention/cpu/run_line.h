@@ -43,9 +43,10 @@ class LineRunner {
     }
   }
 
-  void run_worker(int worker) const {
+  // The scratch memory is the thread's: it stays in its cache from worker to worker.
+  void run_worker(int worker, int thread) const {
     const Space space(params_.partials, worker);
-    Worker work(params_, g_, Scratch(space.scratch()));
+    Worker work(params_, g_, Scratch(Space(params_.partials, thread).scratch()));
     LinePosition at = starts_[worker];
     WorkPiece piece;
     WorkPiece upcoming;
@@ -155,7 +156,8 @@ class LineRunner {
 template <class Traits>
 void run_line(const AttentionParams& params, const PlanView& plan) {
   const LineRunner<Traits> runner(params, plan);
-  parallel(plan.geometry->num_workers, [&](int worker) { runner.run_worker(worker); });
+  parallel(plan.geometry->num_workers,
+           [&](int worker, int thread) { runner.run_worker(worker, thread); });
 }
 
 }  // namespace fi::cpu
