@@ -72,7 +72,7 @@ _PIECES_PER_THREAD = 4
 def default_workers(device: torch.device) -> int:
     """Pieces for the threads of a CPU, or the few-row kernel's thread blocks that a GPU holds."""
     if device.type == "cuda":
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 3 * torch.cuda.get_device_properties(device).multi_processor_count
     return _PIECES_PER_THREAD * torch.get_num_threads()
 
 
@@ -127,8 +127,8 @@ def plan(
         into: a plan whose buffer is refilled if it is large enough; its earlier contents are gone.
             Made for the same geometry in the same workspace, it saves a step most of the checks.
         num_workers: pieces to divide the work into, each for a thread of the CPU that is free or
-            for a thread block of a GPU. None for four pieces a thread of torch's, or two blocks
-            for each multiprocessor.
+            for a thread block of a GPU. None for four pieces a thread of torch's, or three
+            blocks for each multiprocessor.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
             -1 never cuts them: either makes a request's bits independent of its batch mates.
 

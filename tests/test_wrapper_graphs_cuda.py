@@ -125,11 +125,11 @@ def test_host_tables_are_refused_inside_a_capture() -> None:
     case = decode_case(DECODE_STEPS[0])
     table = case.paged(PAGE_SIZE)
     plan_decode(wrapper, case, table, PAGE_SIZE)
-    counter = torch.zeros(1)
+    counter, host_table = torch.zeros(1), table.to("cpu")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         counter.add_(1)  # torch warns of graphs without a launch
         with pytest.raises(RuntimeError, match="indptr is on the host, and a CUDA graph cannot"):
-            plan_decode(wrapper, case, table.to("cpu"), PAGE_SIZE)
+            plan_decode(wrapper, case, host_table, PAGE_SIZE)
 
 
 # (qo_lens, kv_lens): the step captured has the most rows.

@@ -148,7 +148,7 @@ class CudaLineKernels:
         rope_scale: float = 1.0,
         rope_theta: float = 0.0,
         num_workers: int,
-        enable_pdl: bool = False,
+        enable_pdl: bool = True,
     ) -> None:
         """Attend for every request of these kernels' lines of the plan, on the current stream.
 

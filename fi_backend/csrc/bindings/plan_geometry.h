@@ -15,19 +15,25 @@ struct TileLimits {
   int32_t cut_tokens;
   int32_t min_piece_tokens;
   int32_t item_overhead;
+  int32_t many_items;
 };
 
 // Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
 inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
-  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4};
+  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0};
 }
 
 // Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy. Where memory is
 // busy, an item's page ids, queries and first tiles take as long to come as 128 tokens take to
-// read.
+// read. With 25 items each of 396 thread blocks has 16 pieces to merge at most, which are loaded at
+// once; and wide heads leave no room for that many blocks.
 inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo) {
   return {cuda_few_rows_limit(int(head_dim_qk), int(head_dim_vo)),
-          many_row_tile(int(head_dim_qk), int(head_dim_vo)), 64, 64, 16};
+          many_row_tile(int(head_dim_qk), int(head_dim_vo)),
+          64,
+          64,
+          16,
+          head_dim_vo <= 128 ? 25 : INT32_MAX};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
@@ -80,6 +86,7 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.cut_tokens = limits.cut_tokens;
   geometry.min_piece_tokens = limits.min_piece_tokens;
   geometry.item_overhead = limits.item_overhead;
+  geometry.many_items = limits.many_items;
   return geometry;
 }
 

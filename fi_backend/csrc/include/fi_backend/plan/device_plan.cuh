@@ -15,7 +15,8 @@ namespace fi {
 inline constexpr int kPlanMaxThreads = 512;
 
 struct PlanMemory {
-  int64_t warp_cost[kWarpSize];  // cost of the requests of each warp
+  int64_t warp_cost[kWarpSize];   // cost of the requests of each warp
+  int32_t warp_items[kWarpSize];  // those of them that are in the line
   // prefix_cost of every sample_stride-th request: most of a search stays in shared memory.
   static constexpr int kMaxSamples = 1024;
   int64_t samples[kMaxSamples + 1];
@@ -57,20 +58,29 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   };
   int64_t through = 0;  // cost of the warp's requests up to this lane's
   int64_t of_warp = 0;
+  int32_t items = 0;  // of this lane, one for all heads
+  const int32_t num_rows = p.qo_indptr[g.num_reqs];
   RequestLens lens = load_lens(begin + lane);
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const RequestLens upcoming = load_lens(first + kWarpSize + lane);
     through = of_warp + scan_over_warp(request_cost(g, kLine, lens), lane);
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
+    items += num_q_tiles(g, kLine, lens.qo_len) > 0;
     // The last round's stay in registers.
     if (first + kWarpSize < end) prefix[first + lane + 1] = through;
     lens = upcoming;
   }
-  if (lane == 0) memory.warp_cost[warp] = of_warp;
+  items = __reduce_add_sync(kFullWarp, items);
+  if (lane == 0) {
+    memory.warp_cost[warp] = of_warp;
+    memory.warp_items[warp] = items;
+  }
   __syncthreads();
   const int64_t of_lane = lane < num_warps ? memory.warp_cost[lane] : 0;
   const int64_t total = sum_over_warp(of_lane);
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
+  items = __reduce_add_sync(kFullWarp, lane < num_warps ? memory.warp_items[lane] : 0);
+  const int32_t active = active_workers(g, kLine, int64_t{items} * g.num_kv_heads, num_rows);
 
   // Add what other warps have before.
   const int32_t sample_stride = g.num_reqs / PlanMemory::kMaxSamples + 1;
@@ -93,7 +103,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   const int32_t num_samples = (g.num_reqs + sample_stride - 1) / sample_stride;
   for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
     plan.finished[kLine][w] = 0;
-    const int64_t at = worker_cost(total, g.num_workers, w);
+    const int64_t at = w < active ? worker_cost(total, active, w) : total;
     if (at >= total) {
       plan_end(g, kLine, w, plan);
       continue;

@@ -29,6 +29,7 @@ struct WorkGeometry {
   int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this many tokens
   int32_t min_piece_tokens;  // and a cut that would leave less moves to the item's edge
   int32_t item_overhead;     // cost of an item besides its keys, in units (work_cost.h)
+  int32_t many_items;        // see active_workers(); 0 = all workers are always active
 };
 
 struct RequestLens {

@@ -14,15 +14,18 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
   for (int line = 0; line < kNumLines; ++line) {
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
+    int64_t num_items = 0;
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
       prefix[r + 1] = prefix[r] + request_cost(geometry, line, lens);
+      if (num_q_tiles(geometry, line, lens.qo_len) > 0) num_items += geometry.num_kv_heads;
     }
     const int64_t total = prefix[geometry.num_reqs];
     plan.has_work[line] = total > 0;
+    const int32_t active = active_workers(geometry, line, num_items, qo_indptr[geometry.num_reqs]);
     for (int32_t w = 0; w <= geometry.num_workers; ++w) {
       plan.finished[line][w] = 0;
-      const int64_t cost = worker_cost(total, geometry.num_workers, w);
+      const int64_t cost = w < active ? worker_cost(total, active, w) : total;
       if (cost >= total) {
         plan_end(geometry, line, w, plan);
         continue;

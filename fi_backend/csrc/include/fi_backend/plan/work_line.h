@@ -148,6 +148,20 @@ FI_HOST_DEVICE void plan_end(const WorkGeometry& g, int line, int32_t w, const P
   plan.spans[line][w] = {};
 }
 
+// Packed rows of a request up to which the few-row CUDA kernel needs so little that a third more of
+// its thread blocks fit an SM.
+constexpr int kSmallItemRows = 8;
+
+// The first so many workers of a line get work. Two thirds of them where no more thread blocks fit
+// a GPU at a time, and where a line has few items: more pieces of an item only take longer to
+// merge.
+FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, int64_t num_items,
+                                      int64_t num_rows) {
+  const int64_t small_rows = int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
+  const bool needs_all = line == kFewRows && num_items >= g.many_items && num_rows <= small_rows;
+  return g.many_items == 0 || needs_all ? g.num_workers : (2 * g.num_workers + 2) / 3;
+}
+
 // Cost at which worker w of a line begins, without overflow.
 FI_HOST_DEVICE int64_t worker_cost(int64_t total, int32_t num_workers, int32_t worker) {
   const QuotRem share = divide_index(total, num_workers);
