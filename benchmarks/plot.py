@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     """Return (bytes of a call, GB/s) by backend, in order of bytes; one head layout and cache."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["cell"].endswith("hq32 hkv8 d128 p16"):
+        if re.search(r"ctx\d+ hq32 hkv8 d128 p16$", row["cell"]):
             num_bytes = row["us"] * row["gbs"] * 1e3
             points.setdefault(row["backend"], []).append((num_bytes, row["gbs"]))
     return {backend: sorted(found) for backend, found in points.items()}

@@ -60,7 +60,7 @@ def print_row(row: Row, baseline_us: float) -> None:
 
 def results_path(routine: str) -> Path:
     """Return where this machine's recorded run of a routine lies."""
-    folder = "-".join(machine_name().lower().replace(",", "").split())
+    folder = "-".join(machine_name().lower().removeprefix("nvidia ").replace(",", "").split())
     return REPOSITORY / "benchmarks" / "results" / folder / f"{routine}.json"
 
 

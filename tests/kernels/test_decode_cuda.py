@@ -138,6 +138,15 @@ def test_custom_mask(load: Load, window_left: int) -> None:
     check(load, replace(STEP, custom_mask=True, mask=Mask(window_left=window_left)))
 
 
+@pytest.mark.parametrize("qo_len", [1, 3, 6, 8])
+def test_rows_that_do_not_exist_read_no_mask(load: Load, qo_len: int) -> None:
+    """Rows fill blocks of 8, of which 1, 2 or 4 are computed; what is over finds other data."""
+    requests = ((qo_len, 300),) * 8
+    case = replace(STEP, requests=requests, custom_mask=True, num_qo_heads=8, num_kv_heads=2)
+    for num_workers in (1, 264):
+        check(load, replace(case, num_workers=num_workers))
+
+
 @pytest.mark.parametrize("sm_scale", [-0.2, 0.0, 2.0])
 def test_scale_of_any_sign(load: Load, sm_scale: float) -> None:
     check(load, replace(STEP, sm_scale=sm_scale))

@@ -29,10 +29,18 @@ void gate_and_mul(TensorView input, TensorView out, int64_t num_threads) {
 }
 
 template <class T>
-struct ActivationTraits {
-  static constexpr auto kSilu = gate_and_mul<T, cpu::Silu>;
-  static constexpr auto kGelu = gate_and_mul<T, cpu::Gelu>;
-  static constexpr auto kGeluTanh = gate_and_mul<T, cpu::GeluTanh>;
-};
+void silu_and_mul(TensorView input, TensorView out, int64_t num_threads) {
+  gate_and_mul<T, cpu::Silu>(input, out, num_threads);
+}
+
+template <class T>
+void gelu_and_mul(TensorView input, TensorView out, int64_t num_threads) {
+  gate_and_mul<T, cpu::Gelu>(input, out, num_threads);
+}
+
+template <class T>
+void gelu_tanh_and_mul(TensorView input, TensorView out, int64_t num_threads) {
+  gate_and_mul<T, cpu::GeluTanh>(input, out, num_threads);
+}
 
 }  // namespace fi::bindings

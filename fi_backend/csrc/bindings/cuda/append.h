@@ -21,11 +21,13 @@ inline void run_append(const AppendParams& params, DLDevice device) {
 }
 
 // See set_slots.
-template <class In, class Cache>
+template <class Types>
 void append_slots(TensorView key, TensorView value, TensorView key_cache, TensorView value_cache,
                   TensorView slot_mapping, Optional<TensorView> k_scale,
                   Optional<TensorView> v_scale, double k_scale_value, double v_scale_value,
                   bool enable_pdl) {
+  using In = typename Types::In;
+  using Cache = typename Types::Cache;
   AppendParams params = cuda_append_params<In, Cache>(
       {key, value, key_cache, value_cache, k_scale, v_scale, k_scale_value, v_scale_value},
       enable_pdl);
@@ -34,12 +36,14 @@ void append_slots(TensorView key, TensorView value, TensorView key_cache, Tensor
 }
 
 // See set_positions.
-template <class In, class Cache>
+template <class Types>
 void append_positions(TensorView key, TensorView value, TensorView key_cache,
                       TensorView value_cache, TensorView batch_indices, TensorView positions,
                       TensorView kv_indices, TensorView kv_indptr, Optional<TensorView> k_scale,
                       Optional<TensorView> v_scale, double k_scale_value, double v_scale_value,
                       bool enable_pdl) {
+  using In = typename Types::In;
+  using Cache = typename Types::Cache;
   AppendParams params = cuda_append_params<In, Cache>(
       {key, value, key_cache, value_cache, k_scale, v_scale, k_scale_value, v_scale_value},
       enable_pdl);

@@ -8,10 +8,12 @@
 namespace fi::bindings {
 
 // See checked_pair_params.
-template <class In, class Out>
+template <class Types>
 void merge_pair(TensorView v_a, TensorView lse_a, TensorView v_b, TensorView lse_b,
                 TensorView v_out, Optional<TensorView> lse_out, Optional<TensorView> mask,
                 bool enable_pdl) {
+  using In = typename Types::In;
+  using Out = typename Types::Out;
   check_cuda("v_a", v_a);
   const DLDevice device = v_a.device();
   MergePairParams params =
@@ -23,9 +25,11 @@ void merge_pair(TensorView v_a, TensorView lse_a, TensorView v_b, TensorView lse
 }
 
 // See checked_states_params.
-template <class In, class Out>
+template <class Types>
 void merge_states(TensorView v, TensorView lse, TensorView v_out, Optional<TensorView> lse_out,
                   bool enable_pdl) {
+  using In = typename Types::In;
+  using Out = typename Types::Out;
   check_cuda("v", v);
   const DLDevice device = v.device();
   MergeStatesParams params = checked_states_params<In, Out>(v, lse, v_out, lse_out, device);

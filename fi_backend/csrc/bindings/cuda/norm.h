@@ -23,10 +23,12 @@ inline RowStrides row_strides(const TensorView& tensor) {
 
 // input, residual, out [rows, hidden] or [tokens, heads, hidden]; weight [hidden]; quant_scale fp32
 // [1]. With a residual, residual += input and the sum is normalised. out may be input.
-template <class In, class Out>
+template <class Types>
 void rmsnorm(TensorView input, TensorView weight, TensorView out, Optional<TensorView> residual,
              Optional<TensorView> quant_scale, double quant_scale_value, double eps,
              double weight_bias, bool enable_pdl) {
+  using In = typename Types::In;
+  using Out = typename Types::Out;
   check_cuda("input", input);
   if (input.ndim() != 2 && input.ndim() != 3) {
     TVM_FFI_THROW(ValueError) << "input: rank must be 2 or 3, got " << input.ndim();

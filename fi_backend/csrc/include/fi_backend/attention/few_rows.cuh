@@ -70,7 +70,7 @@ class FewRowsWorker {
     __syncthreads();
     while (next_units().exists) {
       begin_unit();
-      const int blocks = (units().num_rows() + kRowBlock - 1) / kRowBlock;
+      const int blocks = Traits::num_blocks(units().num_rows());
       if constexpr (Traits::kUnitRows == kRowBlock) {
         compute<1>(ring);
       } else if (blocks == 1) {

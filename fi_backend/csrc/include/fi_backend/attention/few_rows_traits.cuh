@@ -32,6 +32,10 @@ struct FewRowsTraits {
 
   static constexpr int kItemRows = cuda_few_rows_limit(kQk, kVo);
   static constexpr int kUnitRows = kUnitBlocks * kRowBlock;
+  // Blocks of rows that are computed for a unit: there is code for 1, for 2, and for all of them.
+  __device__ static constexpr int num_blocks(int num_rows) {
+    return num_rows <= kRowBlock ? 1 : num_rows <= 2 * kRowBlock ? 2 : kUnitBlocks;
+  }
   static constexpr int kCtasPerSm = kUnitBlocks == 1 && kVo <= 128 ? 3 : 2;
 
   using QRows = SwizzledRows<kQk * 2>;

@@ -50,9 +50,10 @@ class QueryRows {
     first_ = load(units, this_warp());
   }
 
-  // Store all rows, and zeros up to a whole block. Whoever reads them needs a barrier after this.
+  // Store all rows, and rows that see nothing up to the end of the last block that is computed.
+  // Whoever reads them needs a barrier after this.
   __device__ __forceinline__ void store(const WorkUnits& units, uint8_t* q, LogitRow* rows) const {
-    const int num_rows = (units.num_rows() + kRowBlock - 1) / kRowBlock * kRowBlock;
+    const int num_rows = Traits::num_blocks(units.num_rows()) * kRowBlock;
     const int first = this_warp();
 #pragma unroll 1
     for (int row = first; row < num_rows; row += kFewRowsWarps) {
