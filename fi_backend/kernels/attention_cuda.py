@@ -22,6 +22,7 @@ def line_spec(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    more_templates: tuple[str, ...] = (),
 ) -> KernelSpec:
     """Describe the CUDA module `name`, such as "decode", for one set of types and head sizes."""
     dtypes = {"q": q_dtype, "kv": kv_dtype, "out": o_dtype}
@@ -36,7 +37,7 @@ def line_spec(
     return KernelSpec(
         name=f"{name}_cuda_{names}_d{head_dim_qk}x{head_dim_vo}",
         target="cuda",
-        templates=(f"{name}_cuda.cu.j2", f"{name}_cuda_binding.cc.j2"),
+        templates=(f"{name}_cuda.cu.j2", f"{name}_cuda_binding.cc.j2", *more_templates),
         parameters=tuple(sorted(parameters.items())),
     )
 
@@ -65,6 +66,7 @@ def decode_spec(
         o_dtype=o_dtype,
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo,
+        more_templates=("decode_cuda_all_blocks.cu.j2",),
     )
 
 

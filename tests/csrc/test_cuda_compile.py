@@ -35,29 +35,37 @@ GENCODE = [
 MAX_SHARED_BYTES = 99 * 1024
 
 
-def nvcc_device_unit(kernel: str, directory: Path, *options: str) -> str:
-    """Compile a module's ``.cu`` as the JIT renders it; return what nvcc printed."""
+def nvcc_device_units(kernel: str, directory: Path, *options: str) -> list[tuple[Path, str]]:
+    """Compile a module's ``.cu`` files as the JIT renders them.
+
+    Returns:
+        For each its output and what nvcc printed.
+    """
     builder, dtypes = BUILDERS[kernel]
-    units = render.render(builder(dtypes))
-    (unit,) = (name for name in units if name.endswith(".cu"))
-    (directory / unit).write_text(units[unit])
     nvcc = toolchain.find_nvcc()
     assert nvcc is not None
     include = [f"-I{paths.CSRC}", f"-I{paths.CSRC / 'include'}"]
     command = [nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", *include, *options]
-    done = subprocess.run(
-        [*command, str(directory / unit)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    outputs = []
+    for unit, text in render.render(builder(dtypes)).items():
+        if not unit.endswith(".cu"):
+            continue
+        source, output = directory / unit, directory / f"{unit}.out"
+        source.write_text(text)
+        arguments = [*command, "-o", str(output), str(source)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append((output, done.stderr))
+    return outputs
 
 
 @pytest.mark.parametrize("kernel", BUILDERS)
 def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
-    options = ["-Xptxas=-v", *GENCODE, "-c", "-o", str(tmp_path / "unit.o")]
-    report = nvcc_device_unit(kernel, tmp_path, *options)
+    units = nvcc_device_units(kernel, tmp_path, "-Xptxas=-v", *GENCODE, "-c")
+    marker = "Compiling entry function '"
+    entries = [entry for _, report in units for entry in report.split(marker)[1:]]
     seen = set()
-    for entry in report.split("Compiling entry function '")[1:]:
+    for entry in entries:
         name, arch = re.match(r"(\w+)' for '(\w+)'", entry).groups()  # type: ignore[union-attr]
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
@@ -71,15 +79,19 @@ def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", BUILDERS)
 def test_dependent_launch_waits_before_it_touches_memory(kernel: str, tmp_path: Path) -> None:
     """Checked on the instructions: a run on a GPU hardly ever loses this race."""
-    ptx = tmp_path / "unit.ptx"
-    nvcc_device_unit(kernel, tmp_path, "-arch=compute_90a", "-ptx", "-o", str(ptx))
-    entries = re.split(r"^\.(?:visible|weak) \.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
-    assert entries
-    for entry in entries:
-        name = entry.partition("(")[0]
-        accesses = [match.start() for match in re.finditer(r"\b(?:ld|st)\.global|\bbra\b", entry)]
-        assert 0 < entry.find("griddepcontrol.wait") < min(accesses), name
-        assert "ld.global.nc" not in entry, f"{name}: data may change while it starts"
+    for ptx, _ in nvcc_device_units(kernel, tmp_path, "-arch=compute_90a", "-ptx"):
+        entries = re.split(r"^\.(?:visible|weak) \.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
+        assert entries
+        for entry in entries:
+            assert_waits_first(entry)
+
+
+def assert_waits_first(entry: str) -> None:
+    """Assert that a kernel's PTX waits for the kernel before it touches memory or branches."""
+    name = entry.partition("(")[0]
+    accesses = [match.start() for match in re.finditer(r"\b(?:ld|st)\.global|\bbra\b", entry)]
+    assert 0 < entry.find("griddepcontrol.wait") < min(accesses), name
+    assert "ld.global.nc" not in entry, f"{name}: data may change while it starts"
 
 
 @pytest.fixture(scope="module", params=["9.0a", "8.0"])

@@ -58,17 +58,23 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
                 stream, l.enable_pdl, p);
 }
 
+// The two instances of a module, for units of one block of rows and of all that an item may have.
+// They take as long to compile, so each has a file of its own.
+template <class Q, class Kv, class Out, int kQk, int kVo>
+struct FewRowsInstances {
+  using OneBlock = FewRowsTraits<Q, Kv, Out, kQk, kVo, 1>;
+  using AllBlocks = FewRowsTraits<Q, Kv, Out, kQk, kVo, cuda_few_rows_limit(kQk, kVo) / kRowBlock>;
+};
+
 // Lengths are on the device, so the number of rows that most requests have is guessed: the results
 // are the same bits whatever the unit, but rows that need several units read K and V as often.
-template <class Q, class Kv, class Out, int kQk, int kVo>
+template <class Instances>
 cudaError_t few_rows(const AttentionParams& params, const FewRowsLaunch& l, cudaStream_t stream) {
   if (l.num_reqs == 0) return cudaSuccess;
-  constexpr int kItemBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
   const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
   const int64_t typical_rows = group_size * ((l.num_rows + l.num_reqs - 1) / l.num_reqs);
-  return typical_rows <= kRowBlock
-             ? launch_units<FewRowsTraits<Q, Kv, Out, kQk, kVo, 1>>(params, l, stream)
-             : launch_units<FewRowsTraits<Q, Kv, Out, kQk, kVo, kItemBlocks>>(params, l, stream);
+  return typical_rows <= kRowBlock ? launch_units<typename Instances::OneBlock>(params, l, stream)
+                                   : launch_units<typename Instances::AllBlocks>(params, l, stream);
 }
 
 }  // namespace fi
