@@ -11,10 +11,9 @@ import torch
 
 from benchmarks import decode_peers
 from fi_backend.kernels import attention_cuda, host_plan
+from fi_backend.planning import default_workers
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-# As planning.py: the thread blocks that an SM holds.
-WORKERS_PER_SM = 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Ours:
             head_dim_vo=cell.head_dim,
         )
         kernels = attention_cuda.load_lines((spec,))
-        workers = WORKERS_PER_SM * torch.cuda.get_device_properties("cuda").multi_processor_count
+        workers = default_workers(step.q.device)
         ints = host_plan.plan_buffer_ints(max_reqs=cell.batch, num_workers=workers)
         plan = torch.empty(ints, dtype=torch.int32)
         host_plan.host_plan(

@@ -15,6 +15,7 @@ from benchmarks.cuda_timing import graphed_calls, host_seconds, sm_clock_mhz
 from benchmarks.report import Row, print_row
 from fi_backend.kernels.device_plan import device_plan, plan_buffer_ints
 from fi_backend.kernels.host_plan import host_plan
+from fi_backend.planning import default_workers
 
 CALLS_PER_GRAPH = 20
 
@@ -53,7 +54,7 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, seconds: float) -> Row:
     """Check and time one cell."""
-    num_workers = torch.cuda.get_device_properties(0).multi_processor_count
+    num_workers = default_workers(torch.device("cuda", 0))
     lengths: dict[str, Any] = dict(
         qo_indptr=torch.cat((torch.tensor([0]), cell.qo_lens.cumsum(0))).int(),
         kv_lens=cell.kv_lens.int(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -37,32 +38,32 @@ def rmsnorm_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> Kern
     return replace(spec, name=spec.name + tag)
 
 
+# q, cache and output dtypes, and the head sizes of q and k, and of v and the output.
+AttentionTypes = tuple[torch.dtype, torch.dtype, torch.dtype, tuple[int, int]]
+
+
+def attention_spec(
+    builder: Callable[..., KernelSpec], types: AttentionTypes, tag: str = ""
+) -> KernelSpec:
+    """Return the attention module that `builder` describes."""
+    names = ("q_dtype", "kv_dtype", "o_dtype")
+    dims = dict(head_dim_qk=types[3][0], head_dim_vo=types[3][1])
+    spec = builder(**dict(zip(names, types[:3], strict=True)), **dims)
+    return replace(spec, name=spec.name + tag)
+
+
 def decode_spec(
     dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
 ) -> KernelSpec:
     """Return the few-row attention module of (q and output, cache) dtypes."""
-    spec = attention_cuda.decode_spec(
-        q_dtype=dtypes[0],
-        kv_dtype=dtypes[1],
-        o_dtype=dtypes[0],
-        head_dim_qk=dims[0],
-        head_dim_vo=dims[1],
-    )
-    return replace(spec, name=spec.name + tag)
+    return attention_spec(attention_cuda.decode_spec, (*dtypes, dtypes[0], dims), tag)
 
 
 def prefill_spec(
     dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
 ) -> KernelSpec:
     """Return the many-row attention module of (q and output, cache) dtypes."""
-    spec = attention_cuda.prefill_spec(
-        q_dtype=dtypes[0],
-        kv_dtype=dtypes[1],
-        o_dtype=dtypes[0],
-        head_dim_qk=dims[0],
-        head_dim_vo=dims[1],
-    )
-    return replace(spec, name=spec.name + tag)
+    return attention_spec(attention_cuda.prefill_spec, (*dtypes, dtypes[0], dims), tag)
 
 
 def plan_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:

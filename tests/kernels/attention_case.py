@@ -15,6 +15,23 @@ from tests.reference import attention as reference_attention
 from tests.tolerance import assert_accurate, assert_lse_accurate
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What every attention kernel must be able to mask and transform.
+MASKS = [
+    Mask(),
+    Mask(causal=True, window_left=0),
+    Mask(causal=True, window_left=70),
+    Mask(window_left=33),
+    Mask(causal=True, logits_soft_cap=5.0),
+    Mask(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
+    Mask(causal=True, sinks=torch.tensor([0.5, -1.0, 4.0, -20.0])),
+    Mask(
+        causal=True,
+        window_left=50,
+        logits_soft_cap=8.0,
+        sinks=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+    ),
+]
 
 
 @dataclass(frozen=True)

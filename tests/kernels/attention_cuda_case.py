@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+from cuda_modules import AttentionTypes, attention_spec
 
-from fi_backend.kernels.attention_cuda import CudaLineKernels
+from fi_backend import jit
+from fi_backend.kernels.attention_cuda import CudaLineKernels, load_lines
 from tests.kernels.attention_case import Case, Inputs, judge, make_arguments, make_inputs
 
 Load = Callable[[Case], CudaLineKernels]
+
+
+def loader(
+    builder: Callable[..., jit.KernelSpec], all_types: Sequence[AttentionTypes], arch: str
+) -> Load:
+    """Compile a module for each of `all_types` at once; return a function that finds a case's.
+
+    Args:
+        builder: of a spec, from dtypes and head sizes.
+        all_types: every module that the tests use.
+        arch: "native", or "compute_80": PTX that the driver compiles for the GPU present, which is
+            the portable path.
+    """
+    tag = "" if arch == "native" else "_portable"
+    with pytest.MonkeyPatch.context() as patch:
+        if tag:
+            patch.setenv("FI_BACKEND_CUDA_ARCH_LIST", arch)
+        specs = {types: attention_spec(builder, types, tag) for types in all_types}
+        jit.build(specs.values())
+        kernels = {types: load_lines((spec,)) for types, spec in specs.items()}
+
+    def of_case(case: Case) -> CudaLineKernels:
+        kv_dtype, o_dtype = case.kv_dtype or case.q_dtype, case.o_dtype or case.q_dtype
+        return kernels[case.q_dtype, kv_dtype, o_dtype, (case.head_dim_qk, case.head_dim_vo)]
+
+    return of_case
 
 
 def to_gpu(value: Any) -> Any:

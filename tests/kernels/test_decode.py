@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.attention_case import FP8, Case, check, make_inputs, run
+from tests.kernels.attention_case import FP8, MASKS, Case, check, make_inputs, run
 from tests.reference import Mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,20 +45,7 @@ def test_ragged() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        Mask(),
-        Mask(causal=True, window_left=0),
-        Mask(causal=True, window_left=70),
-        Mask(window_left=33),
-        Mask(causal=True, logits_soft_cap=5.0),
-        Mask(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
-        Mask(causal=True, sinks=torch.tensor([0.5, -1.0, 4.0, -20.0])),
-        Mask(
-            causal=True,
-            window_left=50,
-            logits_soft_cap=8.0,
-            sinks=torch.tensor([1.0, 2.0, 3.0, 4.0]),
-            alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]),
-        ),
+        *MASKS,
         Mask(causal=True, rope_theta=1e4),
         Mask(causal=True, rope_theta=5e5, rope_scale=4.0, window_left=60),
     ],

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from fi_backend import jit
 from fi_backend.kernels import attention_cuda
-from tests.kernels.attention_case import FP8, Case, judge, make_inputs
-from tests.kernels.attention_cuda_case import Load, bits, check, gpu_arguments, run
+from tests.kernels.attention_case import FP8, MASKS, Case, judge, make_inputs
+from tests.kernels.attention_cuda_case import Load, bits, check, gpu_arguments, loader, run
 from tests.reference import Mask
 
 pytestmark = pytest.mark.gpu
@@ -32,36 +30,10 @@ TYPES = [
 ]
 
 
-def spec_of(types: tuple[Any, Any, Any, tuple[int, int]], tag: str) -> jit.KernelSpec:
-    spec = attention_cuda.prefill_spec(
-        q_dtype=types[0],
-        kv_dtype=types[1],
-        o_dtype=types[2],
-        head_dim_qk=types[3][0],
-        head_dim_vo=types[3][1],
-    )
-    return replace(spec, name=spec.name + tag)
-
-
 @pytest.fixture(scope="module", params=["native", "compute_80"])
 def load(request: pytest.FixtureRequest) -> Load:
-    """Return a function that loads a case's module.
-
-    "compute_80" is PTX that the driver compiles for the GPU present: the portable path.
-    """
-    tag = "" if request.param == "native" else "_portable"
-    with pytest.MonkeyPatch.context() as patch:
-        if tag:
-            patch.setenv("FI_BACKEND_CUDA_ARCH_LIST", request.param)
-        specs = {types: spec_of(types, tag) for types in TYPES}
-        jit.build(specs.values())
-        kernels = {types: attention_cuda.load_lines((spec,)) for types, spec in specs.items()}
-
-    def of_case(case: Case) -> attention_cuda.CudaLineKernels:
-        kv_dtype, o_dtype = case.kv_dtype or case.q_dtype, case.o_dtype or case.q_dtype
-        return kernels[case.q_dtype, kv_dtype, o_dtype, (case.head_dim_qk, case.head_dim_vo)]
-
-    return of_case
+    """Return a function that loads a case's module."""
+    return loader(attention_cuda.prefill_spec, TYPES, request.param)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -86,26 +58,7 @@ def test_ragged(load: Load) -> None:
     check(load, replace(STEP, table="ragged"))
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        Mask(),
-        Mask(causal=True, window_left=0),
-        Mask(causal=True, window_left=70),
-        Mask(window_left=33),
-        Mask(causal=True, logits_soft_cap=5.0),
-        Mask(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
-        Mask(causal=True, sinks=torch.tensor([0.5, -1.0, 4.0, -20.0])),
-        Mask(
-            causal=True,
-            window_left=50,
-            logits_soft_cap=8.0,
-            sinks=torch.tensor([1.0, 2.0, 3.0, 4.0]),
-            alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]),
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_masks_and_logits(load: Load, mask: Mask) -> None:
     check(load, replace(STEP, mask=mask))
 
