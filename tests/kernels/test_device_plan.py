@@ -177,7 +177,7 @@ def test_launches_on_the_current_stream(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_workers": 0}, "num_workers at least 1, got"),
+        ({"num_workers": 0}, "num_workers from 1 to 16383, got"),
         ({"qo_indptr": torch.zeros(2, dtype=torch.int32)}, r"shape must be \[3\], got \[2\]"),
         ({"kv_lens": torch.zeros(2)}, "kv_lens: dtype must be int32, got float32"),
         ({"kv_lens": "host"}, "kv_lens: must be on device cuda:0, got cpu"),

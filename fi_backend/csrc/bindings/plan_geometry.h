@@ -3,6 +3,7 @@
 
 #include <bindings/checks.h>
 #include <fi_backend/attention/few_rows_shape.h>
+#include <fi_backend/attention/many_rows_shape.h>
 #include <fi_backend/attention/workspace.h>
 #include <fi_backend/plan/work_line.h>
 
@@ -15,31 +16,38 @@ struct TileLimits {
   int32_t cut_tokens;
   int32_t min_piece_tokens;
   int32_t item_overhead;
-  int32_t many_items;
+  int32_t blocks_per_sm;
+  int32_t section_tokens;
 };
 
 // Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
 inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
-  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0};
+  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0, 0};
 }
 
 // Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy. Where memory is
 // busy, an item's page ids, queries and first tiles take as long to come as 128 tokens take to
-// read. With 25 items each of 396 thread blocks has 16 pieces to merge at most, which are loaded at
-// once; and wide heads leave no room for that many blocks.
-inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo) {
-  return {cuda_few_rows_limit(int(head_dim_qk), int(head_dim_vo)),
-          many_row_tile(int(head_dim_qk), int(head_dim_vo)),
+// read. Wide heads leave room for two thread blocks an SM instead of three.
+//
+// allows_sm90: the device is of sm_90, and q and the caches are of one type.
+inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool allows_sm90) {
+  constexpr int kSectionBytes = 24 << 20;  // leaves half of the smallest L2 to everything else
+  const int qk = static_cast<int>(head_dim_qk);
+  const int vo = static_cast<int>(head_dim_vo);
+  const bool is_sm90 = allows_sm90 && has_sm90_head_dims(qk, vo);
+  return {cuda_few_rows_limit(qk, vo),
+          is_sm90 ? kSm90TileRows : many_row_tile(qk, vo),
           64,
           64,
           16,
-          head_dim_vo <= 128 ? 25 : INT32_MAX};
+          qk <= 128 && vo <= 128 ? 3 : 2,
+          kSectionBytes / (2 * (qk + vo))};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
-  if (max_reqs < 0 || num_workers < 1) {
-    TVM_FFI_THROW(ValueError) << "max_reqs must be at least 0 and num_workers at least 1, got "
-                              << max_reqs << " and " << num_workers;
+  if (max_reqs < 0 || num_workers < 1 || num_workers > kMaxWorkers) {
+    TVM_FFI_THROW(ValueError) << "max_reqs must be at least 0 and num_workers from 1 to "
+                              << kMaxWorkers << ", got " << max_reqs << " and " << num_workers;
   }
   return plan_ints(max_reqs, num_workers);
 }
@@ -86,7 +94,8 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.cut_tokens = limits.cut_tokens;
   geometry.min_piece_tokens = limits.min_piece_tokens;
   geometry.item_overhead = limits.item_overhead;
-  geometry.many_items = limits.many_items;
+  geometry.blocks_per_sm = limits.blocks_per_sm;
+  geometry.section_tokens = limits.section_tokens;
   return geometry;
 }
 

@@ -1,196 +1,169 @@
 // Attention of requests with few query rows: bound by reading K and V once.
 //
-// One CTA per worker of the plan, several CTAs an SM. A CTA computes its units one after the other;
-// the tiles of a unit are dealt to its warps, each of which runs alone on its own ring of copies
-// and keeps its own softmax state. At the end of a unit the states of the warps are merged in order
-// of their first tiles: the bits of a unit depend on nothing but the unit.
+// As many CTAs as are resident share the workers of the plan, mostly one each. A CTA computes the
+// units of its workers one after the other. One warp copies, through a ring of stages; the tiles of
+// a stage are dealt to the other warps, each of which keeps its own softmax state. At the end of a
+// unit the states of the warps are merged in their order: the bits of a unit depend on nothing but
+// the unit.
 #pragma once
 
+#include <fi_backend/attention/few_rows_copies.cuh>
+#include <fi_backend/attention/few_rows_queries.cuh>
 #include <fi_backend/attention/few_rows_softmax.cuh>
-#include <fi_backend/attention/kv_ring.cuh>
 #include <fi_backend/attention/partials.cuh>
-#include <fi_backend/attention/query_rows.cuh>
 #include <fi_backend/ptx/atomic.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/ptx/load_global.cuh>
+#include <fi_backend/ptx/named_barrier.cuh>
 
 namespace fi {
 
-struct FewRowsParams {
-  AttentionParams attention;
-  const WorkGeometry* geometry;
-  const LinePosition* starts;  // [num_workers + 1], of the few-row line
-  const RequestSpan* spans;    // [num_workers]
-  int32_t* finished;           // [num_workers], 0 between launches
-  PartialArea partials;
-  PageStep page_step;
-  int32_t num_slots;  // of a warp's ring
-};
-
+// The warps that compute.
 template <class Traits>
-class FewRowsWorker {
+class FewRowsCompute {
   using Shared = FewRowsShared<Traits>;
-  using Ring = KvRing<Traits>;
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
-  // Queries are loaded a whole unit ahead, but where accumulators need every register.
-  static constexpr bool kLoadsQueriesEarly = Traits::kUnitRows == kRowBlock;
 
  public:
-  __device__ __forceinline__ FewRowsWorker(const FewRowsParams& p, uint8_t* shared_memory)
-      : p_(p),
-        shared_(*reinterpret_cast<Shared*>(shared_memory)),
-        queries_(p.attention, shared_.geometry) {}
+  // `ring`: shared address of the first stage.
+  __device__ __forceinline__ FewRowsCompute(const FewRowsParams& p, Shared& shared, uint32_t ring)
+      : p_(p), shared_(shared), ring_(ring) {}
 
   __device__ __forceinline__ void run() {
-    constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
-    if (threadIdx.x < kGeometryInts) {
-      reinterpret_cast<int32_t*>(&shared_.geometry)[threadIdx.x] =
-          reinterpret_cast<const int32_t*>(p_.geometry)[threadIdx.x];
-    }
-    const int4 span = *reinterpret_cast<const int4*>(p_.spans + blockIdx.x);
-    const WorkerRange range = {load_position(p_.starts + blockIdx.x),
-                               load_position(p_.starts + blockIdx.x + 1),
-                               {span.x, span.y, span.z, span.w}};
-    if (!comes_before(range.begin, range.end)) return;
-    if (threadIdx.x < kFewRowsWarps) shared_.turn[threadIdx.x] = 0;
-    __syncthreads();
-    if (shared_.geometry.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
-
-    // Page ids, then queries, then tiles: in the order in which something waits for them.
-    const AttentionParams& a = p_.attention;
-    WorkUnits& first = shared_.units_to_load[this_warp()];
-    if (!first.start(shared_.geometry, range, Traits::kUnitRows, a.qo_indptr, a.kv_lens)) return;
-    next_units().copy_from(first);
-    __syncwarp();
-    Ring ring(a, shared_.geometry, p_.page_step, first, shared_.pages[this_warp()], ring_address(),
-              p_.num_slots);
-    queries_.load_first(next_units());
-    ring.fill();
-    store_next();
-    __syncthreads();
-    while (next_units().exists) {
-      begin_unit();
-      const int blocks = Traits::num_blocks(units().num_rows());
-      if constexpr (Traits::kUnitRows == kRowBlock) {
-        compute<1>(ring);
-      } else if (blocks == 1) {
-        compute<1>(ring);
-      } else if (Traits::kUnitRows == 2 * kRowBlock || blocks == 2) {
-        compute<2>(ring);
-      } else {
-        compute<Traits::kUnitRows / kRowBlock>(ring);
+#pragma unroll 1
+    for (RingPlace place = {};; place.advance(Traits::kUnitSlots)) {
+      SlotBarriers& barriers = shared_.unit_barriers[place.slot];
+      ptx::mbarrier_wait(ptx::shared_address(&barriers.full), place.parity);
+      const FewRowsUnit& unit = shared_.units[place.slot];
+      if (!unit.exists) return;
+      uint8_t* q = shared_.q[place.slot];
+      if (!unit.is_whole_item && threadIdx.x == 0) {
+        ptx::prefetch_to_l2(p_.finished + unit.partials.first_holder);
       }
-      finish_unit();
+      LogitRow* rows = shared_.rows[place.slot % 2];
+      prepare_queries<Traits>(p_.attention, shared_.geometry, unit, warp(), q, rows);
+      rows_ = rows;
+      barrier();
+      const int blocks = (unit.num_rows + kRowBlock - 1) / kRowBlock;
+      if (Traits::kBlocksPerWarp == 1 || blocks <= Traits::kRowGroups + row_group()) {
+        compute<1>(unit, q);
+      } else {
+        compute<Traits::kBlocksPerWarp>(unit, q);
+      }
+      barrier();
+      write_block(unit, blocks - 1);
+      end_stage(scratch_);
+      if (!unit.is_whole_item && unit.ends_piece) finish_piece(unit);
+      arrive_as_warp(barriers.empty);
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t ring_address() const {
-    return ptx::shared_address(&shared_) + uint32_t(sizeof(Shared)) +
-           this_warp() * p_.num_slots * Traits::kSlotBytes;
+  __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
+  // Among those that tiles are dealt to.
+  __device__ __forceinline__ static int token_warp() { return warp() % kTokenWarps; }
+  __device__ __forceinline__ static int row_group() { return warp() / kTokenWarps; }
+  __device__ __forceinline__ static void barrier() {
+    ptx::named_barrier_sync<Traits::kComputeThreads>(1);
   }
 
-  // Which half of double buffers is the current unit's.
-  __device__ __forceinline__ int turn() const { return shared_.turn[this_warp()]; }
-  __device__ __forceinline__ void take_turn() const {
+  // All lanes are done with a slot.
+  __device__ __forceinline__ static void arrive_as_warp(uint64_t& empty) {
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) shared_.turn[this_warp()] ^= 1;
-    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(ptx::shared_address(&empty));
   }
 
-  // The current unit, and the one after it.
-  __device__ __forceinline__ WorkUnits& units() const { return shared_.units[turn()][this_warp()]; }
-  __device__ __forceinline__ WorkUnits& next_units() const {
-    return shared_.units[turn() ^ 1][this_warp()];
+  __device__ __forceinline__ RingPlace take_stage() {
+    const RingPlace place = stage_;
+    stage_.advance(p_.num_stages);
+    return place;
   }
-  __device__ __forceinline__ const LogitRow* rows() const { return shared_.rows[turn()]; }
-
-  // Step to the next unit. While its tiles are on their way, start loading the queries of the one
-  // after it, and find who else holds keys of a cut item.
-  __device__ __forceinline__ void begin_unit() {
-    take_turn();
-    const AttentionParams& a = p_.attention;
-    next_units().copy_from(units());
-    next_units().next(shared_.geometry, a.qo_indptr, a.kv_lens);
-    if (kLoadsQueriesEarly) queries_.load_first(next_units());
-    const bool is_last_to_start = units().first_tile() == kFewRowsWarps - 1;
-    if (!units().is_whole_item() && units().begins_piece() && is_last_to_start) {
-      const ItemPartials item =
-          find_partials(units().piece, units().chunk, p_.starts, gridDim.x, blockIdx.x);
-      if (threadIdx.x % kWarpSize == 0) {
-        shared_.partials = item;
-        ptx::prefetch_to_l2(p_.finished + item.first_holder);
-      }
-    }
+  // Wait until a stage is full; return its shared address.
+  __device__ __forceinline__ uint32_t begin_stage(const RingPlace& stage) const {
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.stage_barriers[stage.slot].full), stage.parity);
+    return ring_ + stage.slot * Traits::kStageBytes;
   }
-  __device__ __forceinline__ void store_next() const {
-    if (next_units().exists) queries_.store(next_units(), shared_.q, shared_.rows[turn() ^ 1]);
+  __device__ __forceinline__ void end_stage(const RingPlace& stage) const {
+    arrive_as_warp(shared_.stage_barriers[stage.slot].empty);
   }
 
-  // Compute a unit of up to kBlocks blocks of rows. All but the last block is written, the last is
-  // in shared memory, before a barrier.
+  // Where warps bring a block of rows together: [kTokenWarps, kRowBlock, kVo], swizzled.
+  __device__ __forceinline__ float* scratch_values(int token_warp) const {
+    auto* ring = reinterpret_cast<uint8_t*>(&shared_ + 1);
+    return reinterpret_cast<float*>(ring + scratch_.slot * Traits::kStageBytes) +
+           token_warp * kRowBlock * Traits::kVo;
+  }
+
+  // Compute a unit, up to kBlocks blocks of rows of which are this warp's. All but the unit's last
+  // block is written, the last is in shared memory, before a barrier.
   template <int kBlocks>
-  __device__ __forceinline__ void compute(Ring& ring) const {
-    const WorkPiece& piece = units().piece;
+  __device__ __forceinline__ void compute(const FewRowsUnit& unit, const uint8_t* q) {
+    const int first_row = row_group() * kRowBlock;
     FewRowsSoftmax<Traits, kBlocks> softmax(
-        ptx::shared_address(shared_.q), rows(), make_logit_transform(p_.attention, piece),
-        keys_all_see(p_.attention, shared_.geometry, kFewRows, piece));
-    const int32_t end = units().tokens.end;
-    int32_t token = units().tokens.begin + units().first_tile() * kTileTokens;
-    for (; token < end; token += kFewRowsWarps * kTileTokens) {
-      const uint32_t keys = ring.next_keys();
-      softmax.attend(keys, token, end, [&ring] { return ring.next_values(); });
+        ptx::shared_address(q) + first_row * Traits::QRows::kRowBytes, rows_ + first_row,
+        make_logit_transform(p_.attention, unit.piece),
+        keys_all_see(p_.attention, shared_.geometry, kFewRows, unit.piece));
+    const int32_t end = unit.tokens.end;
+    const bool has_rows = first_row < unit.num_rows;
+#pragma unroll 1
+    for (int32_t token = unit.tokens.begin; token < end; token += Traits::kStageTokens) {
+      const RingPlace keys = take_stage();
+      const RingPlace values = take_stage();
+      const uint32_t keys_at = begin_stage(keys);
+#pragma unroll
+      for (int i = 0; i < Traits::kTilesPerWarp; ++i) {
+        const int row = (i * kTokenWarps + token_warp()) * kTileTokens;
+        const bool is_last = i + 1 == Traits::kTilesPerWarp;
+        const auto begin_values = [&] {
+          if (is_last) end_stage(keys);
+          return begin_stage(values) + row * Traits::VRows::kRowBytes;
+        };
+        if (has_rows && token + row < end) {
+          softmax.attend(keys_at + row * Traits::KRows::kRowBytes, token + row, end, begin_values);
+        } else if (is_last) {
+          begin_values();  // a slot may only be given back that was filled
+        }
+      }
+      end_stage(values);
     }
     softmax.finish();
+    scratch_ = take_stage();
+    begin_stage(scratch_);
     for (int block = 0;; ++block) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
-        if (n == block) softmax.store(n, shared_.states[this_warp()], shared_.values[this_warp()]);
+        if (n * Traits::kRowGroups + row_group() != block) continue;
+        softmax.store(n, shared_.states[token_warp()], scratch_values(token_warp()));
       }
-      if ((block + 1) * kRowBlock >= units().num_rows()) return;
-      __syncthreads();
-      write_block(block * kRowBlock);
-      __syncthreads();
+      if ((block + 1) * kRowBlock >= unit.num_rows) return;
+      barrier();
+      write_block(unit, block);
+      barrier();
     }
   }
 
-  // Write the last block of rows.
-  __device__ __forceinline__ void finish_unit() {
-    if (!kLoadsQueriesEarly) queries_.load_first(next_units());
-    __syncthreads();
-    write_block((units().num_rows() - 1) / kRowBlock * kRowBlock);
-    store_next();
-    __syncthreads();
-    if (!units().is_whole_item() && units().ends_piece()) finish_piece();
-  }
-
-  // Merge what the warps have of some rows, 8 from the unit's row `first` on, and write it.
-  __device__ __forceinline__ void write_block(int first) const {
-    const WorkUnits& units = this->units();
-    const int num_rows = min(kRowBlock, units.num_rows() - first);
-    const int num_warps = min(kFewRowsWarps, units.num_tiles());
-    for (int i = threadIdx.x; i < num_rows * kAccesses; i += kFewRowsThreads) {
+  // Merge what the warps have of a block of rows, and write it.
+  __device__ __forceinline__ void write_block(const FewRowsUnit& unit, int block) const {
+    const int first = block * kRowBlock;
+    const int num_rows = min(kRowBlock, unit.num_rows - first);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_rows * kAccesses; i += Traits::kComputeThreads) {
       const int row = i / kAccesses;
       const int column = i % kAccesses * kValuesPerAccess;
-      RowPart parts[kFewRowsWarps];
+      RowPart parts[kTokenWarps];
 #pragma unroll
-      for (int w = 0; w < kFewRowsWarps; ++w) {
-        const int warp = (units.first_warp() + w) % kFewRowsWarps;
-        const SoftmaxState state = shared_.states[warp][row];
-        const float* values = &shared_.values[warp][row][column];
-        parts[w] = {w < num_warps ? state.max : minus_infinity(), state.sum,
-                    *reinterpret_cast<const float4*>(values)};
+      for (int w = 0; w < kTokenWarps; ++w) {
+        const SoftmaxState state = shared_.states[w][row];
+        const float* values = scratch_values(w) + scratch_offset<Traits>(row, column);
+        parts[w] = {state.max, state.sum, *reinterpret_cast<const float4*>(values)};
       }
       RowPart merged = empty_part();
       merge_parts(merged, parts);
-      if (units.is_whole_item()) {
-        write_output(units.piece, rows()[first + row], column, merged);
+      if (unit.is_whole_item) {
+        write_output(unit.piece, rows_[first + row], column, merged);
       } else {
-        const ItemPartials& item = shared_.partials;
-        const int64_t slot =
-            item.slot(p_.partials, item.is_chunked ? units.chunk_index() : item.rank);
-        PartialSlot<Traits>(p_.attention.partials + slot)
-            .store(units.first_row + first + row, column, merged);
+        PartialSlot<Traits>(p_.attention.partials + unit.slot)
+            .store(unit.first_row + first + row, column, merged);
       }
     }
   }
@@ -213,8 +186,9 @@ class FewRowsWorker {
   }
 
   // The last worker to finish its piece of an item merges them all.
-  __device__ __forceinline__ void finish_piece() const {
-    const ItemPartials& item = shared_.partials;
+  __device__ __forceinline__ void finish_piece(const FewRowsUnit& unit) const {
+    const ItemPartials& item = unit.partials;
+    barrier();
     if (threadIdx.x == 0) {
       // Between two barriers, this orders all partials of the item before the merge, across CTAs.
       // The last count leaves 0 for the next launch.
@@ -222,34 +196,62 @@ class FewRowsWorker {
       int32_t* finished = p_.finished + item.first_holder;
       shared_.is_last = last == 0 || ptx::atomic_count_acq_rel(finished, last) == last;
     }
-    __syncthreads();
-    if (shared_.is_last) {
-      const WorkPiece& piece = units().piece;
-      for (int i = threadIdx.x; i < piece.num_rows * kAccesses; i += kFewRowsThreads) {
-        const int row = i / kAccesses;
-        const int column = i % kAccesses * kValuesPerAccess;
-        const RowPart merged =
-            merge_partials<Traits>(p_.attention.partials, p_.partials, item, row, column);
-        write_output(piece, make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row),
-                     column, merged);
+    barrier();
+    if (!shared_.is_last) return;
+    const WorkPiece& piece = unit.piece;
+#pragma unroll 1
+    for (int row = warp(); row < piece.num_rows; row += Traits::kComputeWarps) {
+      using Row = MergedRow<Traits>;
+      const Row merged = merge_partials<Traits>(p_.attention.partials, item, row);
+      const LogitRow logit_row =
+          row >= unit.first_row
+              ? rows_[row - unit.first_row]
+              : make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row);
+#pragma unroll
+      for (int p = 0; p < Row::kParts; ++p) {
+        const int column = Row::column(p);
+        if (column >= Traits::kVo) continue;
+        write_output(piece, logit_row, column, {merged.max, merged.sum, merged.values[p]});
       }
     }
-    __syncthreads();
   }
 
   const FewRowsParams& p_;
   Shared& shared_;
-  QueryRows<Traits> queries_;  // of the next unit
+  uint32_t ring_;
+  const LogitRow* rows_ = nullptr;
+  RingPlace stage_ = {};
+  RingPlace scratch_ = {};
 };
 
+// Set up slots, one after the other: lanes of a warp would take turns anyway.
+__device__ __forceinline__ void init_slots(SlotBarriers* slots, int count, int full_arrivals,
+                                           int empty_arrivals) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    ptx::mbarrier_init(ptx::shared_address(&slots[i].full), full_arrivals);
+    ptx::mbarrier_init(ptx::shared_address(&slots[i].empty), empty_arrivals);
+  }
+}
+
 template <class Traits>
-__global__ void __launch_bounds__(kFewRowsThreads, Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
+  const uint32_t ring = ptx::shared_address(&shared + 1);
+  if (threadIdx.x == 0) {
+    init_slots(shared.stage_barriers, p.num_stages, kStageArrivals, Traits::kComputeWarps);
+  } else if (threadIdx.x == kWarpSize) {
+    init_slots(shared.unit_barriers, Traits::kUnitSlots, kUnitArrivals, Traits::kComputeWarps);
+  }
   ptx::grid_dependency_wait();
-  // Workers with little to do make room early. The next kernel waits for all of this one.
-  ptx::grid_dependency_launch();
-  FewRowsWorker<Traits>(p, shared_memory).run();
+  if (threadIdx.x < Traits::kComputeThreads) {
+    __syncthreads();  // the other warp begins with loads
+    FewRowsCompute<Traits>(p, shared, ring).run();
+  } else {
+    FewRowsCopies<Traits>(p, shared, ring).run();
+  }
 }
 
 }  // namespace fi

@@ -8,53 +8,63 @@
 
 namespace fi {
 
+// How the kernel runs on a device.
+struct FewRowsSetup {
+  FewRowsShape shape;
+  int64_t resident_ctas;
+};
+
 // Set up the kernel on the current device; once per thread and device.
 template <class Traits>
-cudaError_t prepare_few_rows(FewRowsShape& shape) {
-  thread_local int prepared_device = -1;
-  thread_local FewRowsShape prepared = {};
+cudaError_t set_up_few_rows(FewRowsSetup& setup) {
+  thread_local int device_set_up = -1;
+  thread_local FewRowsSetup known = {};
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  if (device != prepared_device) {
-    int sm_bytes = 0, reserved_bytes = 0;
+  if (device != device_set_up) {
+    int sm_bytes = 0, reserved_bytes = 0, num_sms = 0;
     error = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     if (error != cudaSuccess) return error;
     error =
         cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device);
     if (error != cudaSuccess) return error;
-    prepared = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
-    if (prepared.num_slots < kFewRowsMinSlots) return cudaErrorInvalidConfiguration;
+    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    known.shape = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
+    known.resident_ctas = int64_t{known.shape.ctas_per_sm} * num_sms;
+    if (known.shape.num_stages < kFewRowsMinStages) return cudaErrorInvalidConfiguration;
     error =
         cudaFuncSetAttribute(few_rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             prepared.shared_bytes);
+                             known.shape.shared_bytes);
     if (error != cudaSuccess) return error;
-    prepared_device = device;
+    device_set_up = device;
   }
-  shape = prepared;
+  setup = known;
   return cudaSuccess;
 }
 
 template <class Traits>
 cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
                          cudaStream_t stream) {
-  FewRowsShape shape;
-  const cudaError_t error = prepare_few_rows<Traits>(shape);
+  FewRowsSetup setup;
+  const cudaError_t error = set_up_few_rows<Traits>(setup);
   if (error != cudaSuccess) return error;
   const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
   PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
   if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
-  constexpr int kStep = kFewRowsWarps * kTileTokens;
-  const int32_t page_size = params.pages.page_size;
   const FewRowsParams p = {params,
                            plan.geometry,
                            plan.starts[kFewRows],
+                           plan.cuts[kFewRows],
                            plan.spans[kFewRows],
                            plan.finished[kFewRows],
                            partials,
-                           {kStep / page_size, kStep % page_size},
-                           shape.num_slots};
-  return launch(few_rows_kernel<Traits>, l.num_workers, dim3(kFewRowsThreads), shape.shared_bytes,
+                           make_fast_divider(params.pages.page_size),
+                           l.num_workers,
+                           setup.shape.num_stages};
+  const int64_t num_ctas = min64(l.num_workers, setup.resident_ctas);
+  return launch(few_rows_kernel<Traits>, num_ctas, dim3(Traits::kThreads), setup.shape.shared_bytes,
                 stream, l.enable_pdl, p);
 }
 

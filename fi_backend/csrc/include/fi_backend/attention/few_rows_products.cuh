@@ -49,8 +49,10 @@ struct FewRowsProducts {
 
    private:
     __device__ __forceinline__ void load(int n, int step, uint32_t (&b)[4]) const {
-      ptx::ldmatrix_x4(b, QRows::skip(address_ + n * kRowBlock * QRows::kRowBytes, 4 * step));
+      ptx::ldmatrix_x4(b, QRows::skip(address_ + n * kStride, 4 * step));
     }
+
+    static constexpr int kStride = Traits::kRowGroups * kRowBlock * QRows::kRowBytes;
 
     uint32_t address_;
     uint32_t fragments_[kBlocks == 1 ? Traits::kQk / 32 : 1][4];

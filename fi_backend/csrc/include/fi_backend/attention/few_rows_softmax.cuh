@@ -10,15 +10,22 @@ namespace fi {
 // maximum over the warp nor a rescaling. Weights stay below 2^8, far from the end of fp16.
 inline constexpr float kMaxSlack = 8.f;
 
-// kBlocks blocks of 8 packed rows.
+// Place of an accumulator in a block of rows in shared memory. Rows that the lanes of a warp write
+// together get other banks.
+template <class Traits>
+__device__ __forceinline__ int scratch_offset(int row, int column) {
+  return row * Traits::kVo + (column ^ (row / 2 % 4 * 8));
+}
+
+// kBlocks blocks of 8 packed rows: of a unit's, every kRowGroups-th.
 template <class Traits, int kBlocks>
 class FewRowsSoftmax {
   using Products = FewRowsProducts<Traits>;
   static constexpr int kVoBlocks = Products::kVoBlocks;
-  static constexpr bool kKeepsScales = kBlocks <= 2;  // in registers, if there is room
 
  public:
-  // q: shared address of the unit's query rows; `rows` describes them, in shared memory too.
+  // q: shared address of the first block of query rows; `rows` describes them, in shared memory
+  // too.
   __device__ __forceinline__ FewRowsSoftmax(uint32_t q, const LogitRow* rows,
                                             const LogitTransform& transform,
                                             const KvRange& keys_all_see)
@@ -29,7 +36,7 @@ class FewRowsSoftmax {
       for (int j = 0; j < 2; ++j) {
         max_[n][j] = minus_infinity();
         sum_[n][j] = 0.f;
-        if constexpr (kKeepsScales) scale_[n][j] = row(n, j).scale;
+        scale_[n][j] = row(n, j).scale;
       }
     }
   }
@@ -64,9 +71,8 @@ class FewRowsSoftmax {
     }
   }
 
-  // Store block n: its states [kRowBlock] and its accumulators [kRowBlock, kStateRow].
-  __device__ __forceinline__ void store(int n, SoftmaxState* states,
-                                        float (*values)[Traits::kStateRow]) const {
+  // Store block n: its states [kRowBlock] and its accumulators [kRowBlock, kVo], swizzled.
+  __device__ __forceinline__ void store(int n, SoftmaxState* states, float* values) const {
     const int lane = threadIdx.x % kWarpSize;
     if (lane < 4) {
 #pragma unroll
@@ -76,7 +82,8 @@ class FewRowsSoftmax {
     for (int m = 0; m < kVoBlocks; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        values[Products::row_in_block(i)][Products::value_column(m, i)] = o_[m][n][i];
+        const int row = Products::row_in_block(i);
+        values[scratch_offset<Traits>(row, Products::value_column(m, i))] = o_[m][n][i];
       }
     }
   }
@@ -106,15 +113,7 @@ class FewRowsSoftmax {
 
   // Row j of the lane's two in block n.
   __device__ __forceinline__ const LogitRow& row(int n, int j) const {
-    return rows_[n * kRowBlock + Products::row_in_block(j)];
-  }
-
-  __device__ __forceinline__ float scale(int n, int j) const {
-    if constexpr (kKeepsScales) {
-      return scale_[n][j];
-    } else {
-      return row(n, j).scale;
-    }
+    return rows_[n * Traits::kRowGroups * kRowBlock + Products::row_in_block(j)];
   }
 
   __device__ __forceinline__ void make_logits(float (&s)[kBlocks][4], int32_t first,
@@ -126,7 +125,7 @@ class FewRowsSoftmax {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] *= scale(n, i % 2);
+        for (int i = 0; i < 4; ++i) s[n][i] *= scale_[n][i % 2];
       }
       return;
     }
@@ -175,7 +174,7 @@ class FewRowsSoftmax {
   const LogitRow* rows_;
   LogitTransform transform_;
   KvRange keys_all_see_;
-  float scale_[kKeepsScales ? kBlocks : 1][2];
+  float scale_[kBlocks][2];
   float max_[kBlocks][2];
   float sum_[kBlocks][2];  // of this lane's tokens, until finish()
   float o_[kVoBlocks][kBlocks][4] = {};

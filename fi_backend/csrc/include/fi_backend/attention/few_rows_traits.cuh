@@ -3,19 +3,20 @@
 
 #include <fi_backend/attention/few_rows_shape.h>
 
-#include <fi_backend/attention/item_partials.cuh>
 #include <fi_backend/attention/logits.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
 #include <fi_backend/attention/work_units.cuh>
 #include <fi_backend/common/dtypes.cuh>
+#include <fi_backend/common/reduce.cuh>
 
 namespace fi {
 
-inline constexpr int kFewRowsThreads = kFewRowsWarps * 32;
-inline constexpr int kRowBlock = 8;  // columns of an mma: packed query rows
+inline constexpr int kTileTokens = 16;  // rows of an mma
+inline constexpr int kTokenWarps = 4;   // that tiles are dealt to
+inline constexpr int kRowBlock = 8;     // columns of an mma: packed query rows
 
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A unit has up to kUnitBlocks
-// blocks of rows: with few of them, more CTAs fit an SM and hide each other's latencies.
+// blocks of rows: with one of them, more CTAs fit an SM and hide each other's latencies.
 template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kUnitBlocks>
 struct FewRowsTraits {
   using Q = Q_;
@@ -32,22 +33,26 @@ struct FewRowsTraits {
 
   static constexpr int kItemRows = cuda_few_rows_limit(kQk, kVo);
   static constexpr int kUnitRows = kUnitBlocks * kRowBlock;
-  // Blocks of rows that are computed for a unit: there is code for 1, for 2, and for all of them.
-  __device__ static constexpr int num_blocks(int num_rows) {
-    return num_rows <= kRowBlock ? 1 : num_rows <= 2 * kRowBlock ? 2 : kUnitBlocks;
-  }
-  static constexpr int kCtasPerSm = kUnitBlocks == 1 && kVo <= 128 ? 3 : 2;
+  // Two groups of warps share many rows: each computes every other block of them. More would not
+  // fit a warp's registers.
+  static constexpr int kRowGroups = kUnitBlocks == 1 ? 1 : 2;
+  static constexpr int kBlocksPerWarp = kUnitBlocks / kRowGroups;
+  static constexpr int kComputeWarps = kTokenWarps * kRowGroups;
+  static constexpr int kComputeThreads = kComputeWarps * kWarpSize;
+  static constexpr int kThreads = kComputeThreads + kWarpSize;  // and a warp that copies
+  static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
 
   using QRows = SwizzledRows<kQk * 2>;
   using KRows = SwizzledRows<kQk* int(sizeof(Kv))>;
   using VRows = SwizzledRows<kVo* int(sizeof(Kv))>;
-  static constexpr int kWidestRow =
-      KRows::kRowBytes > VRows::kRowBytes ? KRows::kRowBytes : VRows::kRowBytes;
-  static constexpr int kSlotBytes = kTileTokens * kWidestRow;  // of one tile of K, or of V
-
-  // Floats of a row where warps leave their accumulators for each other. The padding puts rows that
-  // the lanes of a warp write together in different banks.
-  static constexpr int kStateRow = kVo + 4;
+  // A stage of the ring is one tile or more of K, or of V, for each of kTokenWarps. It has room for
+  // what they have accumulated of a block of rows.
+  static constexpr int kTilesPerWarp = 2 / int(sizeof(Kv));
+  static constexpr int kStageTokens = kTilesPerWarp * kTokenWarps * kTileTokens;
+  static constexpr int kStageBytes = 2 * kTokenWarps * kTileTokens * (kQk > kVo ? kQk : kVo);
+  static_assert(kStageBytes >= kTokenWarps * kRowBlock * kVo * int(sizeof(float)));
+  // Units that are known, and their queries copied, before they are computed.
+  static constexpr int kUnitSlots = kUnitBlocks == 1 ? 4 : 2;
 };
 
 template <bool kIsHalf>
@@ -65,57 +70,61 @@ struct SoftmaxState {
   float sum;
 };
 
-// The pages of the unit that a warp copies.
-struct RingPages {
-  const int32_t* table;  // of the request; nullptr = pages from `first` on
-  int32_t first;
-  bool hold_tiles;  // no tile lies in two pages
+inline constexpr int kFewRowsMinStages = 3;
+inline constexpr int kFewRowsMaxStages = 10;
+
+// Barriers of a slot that is filled and emptied in turn.
+struct SlotBarriers {
+  uint64_t full;
+  uint64_t empty;
 };
 
-// From a warp's tile to its next.
-struct PageStep {
-  int32_t pages;
-  int32_t tokens;
-};
-
-// Shared memory begins with this; the rings [kFewRowsWarps, num_slots, kSlotBytes] follow.
+// Shared memory begins with this; the ring [num_stages, kStageBytes] follows.
 template <class Traits>
 struct alignas(128) FewRowsShared {
-  uint8_t q[Traits::kUnitRows * Traits::QRows::kRowBytes];  // swizzled
-  LogitRow rows[2][Traits::kUnitRows];                      // of the current unit and of the next
-  alignas(16) float values[kFewRowsWarps][kRowBlock][Traits::kStateRow];  // a block of each warp
-  SoftmaxState states[kFewRowsWarps][kRowBlock];
-  WorkUnits units[2][kFewRowsWarps];       // what warps compute, and compute next
-  WorkUnits units_to_load[kFewRowsWarps];  // what they copy, well ahead of it
-  int32_t turn[kFewRowsWarps];             // which of the two is the current one
-  RingPages pages[kFewRowsWarps];
+  uint8_t q[Traits::kUnitSlots][Traits::kUnitRows * Traits::QRows::kRowBytes];  // swizzled
+  FewRowsUnit units[Traits::kUnitSlots];
+  LogitRow rows[2][Traits::kUnitRows];          // of a unit and the next, in turn
+  SoftmaxState states[kTokenWarps][kRowBlock];  // of a block
+  uint64_t copied_rows[Traits::kStageTokens];   // addresses
+  SlotBarriers unit_barriers[Traits::kUnitSlots];
+  SlotBarriers stage_barriers[kFewRowsMaxStages];
   WorkGeometry geometry;
-  ItemPartials partials;  // of the item of a cut piece
-  bool is_last;           // to finish a piece of that item
+  bool is_last;  // to finish a piece of an item
 };
 
-// Slots of a warp's ring, and the shared memory of a CTA.
+// A place in a ring of slots that are used in turn.
+struct RingPlace {
+  uint32_t slot;
+  uint32_t parity;  // of the times the slot was used before
+
+  __device__ __forceinline__ void advance(uint32_t num_slots) {
+    if (++slot == num_slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What fits an SM: CTAs, stages of the ring of each, and their shared memory.
 struct FewRowsShape {
-  int num_slots;
+  int ctas_per_sm;
+  int num_stages;
   int shared_bytes;
 };
 
-inline constexpr int kFewRowsMinSlots = 3;  // odd numbers, see kv_ring.cuh
-inline constexpr int kFewRowsMaxSlots = 11;
-
 // As many CTAs an SM as their registers allow, but for an SM with little shared memory, and what
-// they leave of it in rings.
+// they leave of it in stages.
 template <class Traits>
 constexpr FewRowsShape few_rows_shape(int sm_bytes, int reserved_bytes_per_cta) {
-  constexpr int kSlots = kFewRowsWarps * Traits::kSlotBytes;
   constexpr int kFixed = int(sizeof(FewRowsShared<Traits>));
   FewRowsShape shape = {};
   for (int ctas = Traits::kCtasPerSm; ctas > 0; --ctas) {
-    int slots = (sm_bytes / ctas - reserved_bytes_per_cta - kFixed) / kSlots;
-    if (slots > kFewRowsMaxSlots) slots = kFewRowsMaxSlots;
-    shape.num_slots = slots % 2 == 1 ? slots : slots - 1;
-    shape.shared_bytes = kFixed + shape.num_slots * kSlots;
-    if (shape.num_slots >= kFewRowsMinSlots) break;
+    shape.ctas_per_sm = ctas;
+    const int stages = (sm_bytes / ctas - reserved_bytes_per_cta - kFixed) / Traits::kStageBytes;
+    shape.num_stages = stages > kFewRowsMaxStages ? kFewRowsMaxStages : stages;
+    shape.shared_bytes = kFixed + shape.num_stages * Traits::kStageBytes;
+    if (shape.num_stages >= kFewRowsMinStages) break;
   }
   return shape;
 }

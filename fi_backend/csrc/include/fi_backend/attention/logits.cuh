@@ -70,7 +70,9 @@ __device__ __forceinline__ LogitTransform make_logit_transform(const AttentionPa
 __device__ __forceinline__ LogitRow make_logit_row(const AttentionParams& p, const WorkGeometry& g,
                                                    int line, const WorkPiece& piece, int row) {
   const int64_t packed = (line == kFewRows ? 0 : int64_t{piece.q_tile} * g.tile_rows) + row;
-  const int32_t qo_idx = static_cast<int32_t>(divide_index(packed, g.group_size).quot);
+  const int32_t qo_idx = line == kFewRows
+                             ? int32_t(uint32_t(row) / uint32_t(g.group_size))
+                             : static_cast<int32_t>(divide_index(packed, g.group_size).quot);
   const KvRange seen = visible_tokens(g, piece.qo_len, piece.kv_len, qo_idx);
   const float k_scale = p.k_scale != nullptr ? p.k_scale[piece.kv_head] : p.k_scale_value;
   LogitRow r;
@@ -90,10 +92,13 @@ __device__ __forceinline__ LogitRow make_logit_row(const AttentionParams& p, con
 __device__ __forceinline__ KvRange keys_all_see(const AttentionParams& p, const WorkGeometry& g,
                                                 int line, const WorkPiece& piece) {
   if (p.custom_mask != nullptr) return {0, 0};
-  const int64_t first = line == kFewRows ? 0 : int64_t{piece.q_tile} * g.tile_rows;
-  const int64_t last = first + piece.num_rows - 1;
-  const int64_t first_idx = divide_index(first, g.group_size).quot;
-  const int64_t last_idx = divide_index(last, g.group_size).quot;
+  int64_t first_idx = 0;
+  int64_t last_idx = piece.qo_len - 1;
+  if (line == kManyRows) {
+    const int64_t first = int64_t{piece.q_tile} * g.tile_rows;
+    first_idx = divide_index(first, g.group_size).quot;
+    last_idx = divide_index(first + piece.num_rows - 1, g.group_size).quot;
+  }
   // Both ends of what a row sees grow with the row.
   return {visible_tokens(g, piece.qo_len, piece.kv_len, last_idx).begin,
           visible_tokens(g, piece.qo_len, piece.kv_len, first_idx).end};

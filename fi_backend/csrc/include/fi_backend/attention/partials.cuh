@@ -3,6 +3,8 @@
 #pragma once
 
 #include <fi_backend/attention/few_rows_traits.cuh>
+#include <fi_backend/attention/item_partials.cuh>
+#include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
@@ -69,25 +71,83 @@ struct PartialSlot {
   }
 };
 
-// Merge values [column, column + 4) of a row over an item's partials, in key order.
+// A row of an item, merged by a warp: a lane has kParts times 4 values, from column 4 * lane on and
+// 128 columns apart. Lanes past the row repeat its last values.
 template <class Traits>
-__device__ __forceinline__ RowPart merge_partials(float* partials, const PartialArea& area,
-                                                  const ItemPartials& item, int row, int column) {
-  constexpr int kInFlight = 16;  // loads that cover each other's latency
-  const int32_t step = item.slot_step(area);
-  float* later = partials + item.later_slots(area);
-  RowPart merged = empty_part();
-  for (int32_t first = 0; first < item.count; first += kInFlight) {
-    RowPart parts[kInFlight];
+struct MergedRow {
+  static constexpr int kParts = (Traits::kVo + 127) / 128;
+  float max;
+  float sum;
+  float4 values[kParts];
+
+  __device__ __forceinline__ static int column(int part) {
+    return (part * kWarpSize + int(threadIdx.x % kWarpSize)) * kValuesPerAccess;
+  }
+  __device__ __forceinline__ void scale(float factor) {
+    sum *= factor;
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      values[p].x *= factor;
+      values[p].y *= factor;
+      values[p].z *= factor;
+      values[p].w *= factor;
+    }
+  }
+};
+
+// Merge a row over an item's partials, in key order. States are loaded by a lane each, and values
+// by all lanes: few instructions, since hardly any SM has them at hand.
+template <class Traits>
+__device__ __forceinline__ MergedRow<Traits> merge_partials(float* partials,
+                                                            const ItemPartials& item, int row) {
+  using Row = MergedRow<Traits>;
+  constexpr int kInFlight = 16 / Row::kParts;  // loads that cover each other's latency
+  Row merged = {minus_infinity(), 0.f, {}};
+#pragma unroll 1
+  for (int32_t begin = 0; begin < item.count; begin += kInFlight) {
+    float4 values[kInFlight][Row::kParts];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {  // the last one again where there are no more
+      const PartialSlot<Traits> slot(partials + item.slot(min(begin + i, item.count - 1)));
+#pragma unroll
+      for (int p = 0; p < Row::kParts; ++p) {
+        const int column = min(Row::column(p), Traits::kVo - kValuesPerAccess);
+        values[i][p] = __ldcg(slot.values(row, column));
+      }
+    }
+    const int32_t mine = begin + threadIdx.x % kInFlight;
+    float2 state =
+        __ldcg(PartialSlot<Traits>(partials + item.slot(min(mine, item.count - 1))).state(row));
+    if (mine >= item.count) state.x = minus_infinity();
+    float max = state.x;
+#pragma unroll
+    for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
+      max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, offset));
+    }
+    max = fmaxf(max, merged.max);
+    if (max == minus_infinity()) continue;
+    merged.scale(ptx::exp2_approx(merged.max - max));
+    merged.max = max;
+    const float weight = ptx::exp2_approx(state.x - max);
+    float sum = weight == 0.f ? 0.f : weight * state.y;
+#pragma unroll
+    for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    }
+    merged.sum += sum;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      parts[i] = empty_part();
-      const int32_t index = first + i;
-      float* slot = later + int64_t{index} * step;
-      if (i == 0 && first == 0) slot = partials + item.first_slot(area);
-      if (index < item.count) parts[i] = PartialSlot<Traits>(slot).load(row, column);
+      const float w = __shfl_sync(kFullWarp, weight, i);
+#pragma unroll
+      for (int p = 0; p < Row::kParts; ++p) {
+        // Without a weight, values change nothing, whatever they are.
+        const float4 x = w == 0.f ? float4{0.f, 0.f, 0.f, 0.f} : values[i][p];
+        merged.values[p].x += w * x.x;
+        merged.values[p].y += w * x.y;
+        merged.values[p].z += w * x.z;
+        merged.values[p].w += w * x.w;
+      }
     }
-    merge_parts(merged, parts);
   }
   return merged;
 }

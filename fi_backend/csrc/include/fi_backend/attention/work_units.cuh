@@ -4,155 +4,160 @@
 
 #include <fi_backend/plan/work_pieces.h>
 
-#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/attention/item_partials.cuh>
 
 namespace fi {
 
-inline constexpr int kFewRowsWarps = 4;  // of a CTA, a power of two
-inline constexpr int kTileTokens = 16;   // rows of an mma
-
-// The warp of this thread. Read every time it is needed: kept in a register, it would be spilled
-// where accumulators take them all.
-__device__ __forceinline__ int this_warp() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread / kWarpSize;
-}
-
-// What a worker finds in the plan about itself, loaded at once.
-struct WorkerRange {
-  LinePosition begin;
-  LinePosition end;
-  RequestSpan span;  // of the request where it begins
-};
-
-// A walk over units lies in shared memory, one per warp: registers belong to the accumulators.
-//
-// A unit's tokens come in tiles, dealt to the warps in turn; the first tile of a unit goes to the
-// warp after the one that got the last of the unit before, so that short units keep all warps busy.
-class WorkUnits {
- public:
+// A unit, as the warps that compute it need to know it.
+struct FewRowsUnit {
   WorkPiece piece;
   KvRange tokens;     // of the unit
   int32_t first_row;  // of its rows, among the packed rows of the item
-  int32_t chunk;      // tokens per chunk of the item; 0 = one chunk per piece
-  bool exists;        // false past the last unit
+  int32_t num_rows;
+  bool is_whole_item;
+  bool ends_piece;
+  bool exists;            // false past the last unit
+  ItemPartials partials;  // of the item, unless it is the whole item
+  int64_t slot;           // of its own state among them
+};
 
-  // Begin with a worker's first unit; false if it has none. A whole warp calls this, as all below.
-  __device__ __forceinline__ bool start(const WorkGeometry& g, const WorkerRange& range,
-                                        int unit_rows, const int32_t* qo_indptr,
-                                        const int32_t* kv_lens) {
-    if (threadIdx.x % kWarpSize == 0) {
-      at_ = range.begin;
-      end_ = range.end;
-      piece.request = -1;
-      piece.tokens = tokens = {0, 0};
-      piece.num_rows = first_row = 0;
-      unit_rows_ = unit_rows;
-      dealt_ = 0;
-      if (num_q_tiles(g, kFewRows, range.span.qo_len) > 0) {
-        take_piece(g, kFewRows, range.span, end_, at_, piece);
-        begin_piece(g);
-        exists = true;
-      } else {
-        exists = advance(g, qo_indptr, kv_lens);
-      }
-    }
-    __syncwarp();
-    return exists;
-  }
+// What a worker finds in the plan about itself: all is loaded at once.
+struct WorkerRange {
+  LinePosition begin;
+  LinePosition end;
+  ItemCut begin_cut;  // of the item where the worker begins
+  ItemCut end_cut;    // of the item where the next one does
+  RequestSpan span;   // of the request where it begins
+};
 
-  // Step to the next unit; false at the end.
-  __device__ __forceinline__ bool next(const WorkGeometry& g, const int32_t* qo_indptr,
-                                       const int32_t* kv_lens) {
-    __syncwarp();  // all lanes are done with the current unit
-    if (threadIdx.x % kWarpSize == 0) exists = advance(g, qo_indptr, kv_lens);
-    __syncwarp();
-    return exists;
-  }
+// The plan's records are 16 bytes each and aligned: one load.
+template <class Record>
+__device__ __forceinline__ Record load_record(const Record* record) {
+  static_assert(sizeof(Record) == sizeof(int4));
+  const int4 ints = *reinterpret_cast<const int4*>(record);
+  return *reinterpret_cast<const Record*>(&ints);
+}
 
-  // Take over the place of another walk.
-  __device__ __forceinline__ void copy_from(const WorkUnits& other) {
-    constexpr unsigned kInts = sizeof(WorkUnits) / sizeof(int32_t);
-    static_assert(kInts <= kWarpSize, "a warp copies an int each");
-    const unsigned lane = threadIdx.x % kWarpSize;
-    if (lane < kInts) {
-      reinterpret_cast<int32_t*>(this)[lane] = reinterpret_cast<const int32_t*>(&other)[lane];
-    }
-  }
+__device__ __forceinline__ WorkerRange load_worker_range(const LinePosition* starts,
+                                                         const ItemCut* cuts,
+                                                         const RequestSpan* spans, int32_t worker) {
+  return {load_record(starts + worker), load_record(starts + worker + 1),
+          load_record(cuts + worker), load_record(cuts + worker + 1), load_record(spans + worker)};
+}
 
-  __device__ __forceinline__ int num_tiles() const {
-    return (tokens.end - tokens.begin + kTileTokens - 1) / kTileTokens;
-  }
-  // The tile that this warp gets first.
-  __device__ __forceinline__ int first_tile() const {
-    return (this_warp() - dealt_) & (kFewRowsWarps - 1);
-  }
-  // The warp that has tile 0.
-  __device__ __forceinline__ int first_warp() const { return dealt_ & (kFewRowsWarps - 1); }
+// A walk over a worker's units, in registers: all lanes of a warp take the same steps.
+class WorkUnits {
+ public:
+  __device__ __forceinline__ WorkUnits(const WorkGeometry& g, const WorkerRange& range,
+                                       int32_t worker, int unit_rows, const int32_t* qo_indptr,
+                                       const int32_t* kv_lens)
+      : g_(g),
+        qo_indptr_(qo_indptr),
+        kv_lens_(kv_lens),
+        at_(range.begin),
+        end_(range.end),
+        loaded_{range.span.qo_begin, range.span.qo_begin + range.span.qo_len, range.span.kv_len},
+        worker_(worker),
+        unit_rows_(unit_rows),
+        begin_holder_(range.begin_cut.first_holder),
+        begin_rank_(range.begin_cut.rank),
+        begin_holders_(range.begin_cut.num_holders),
+        end_holders_(range.end_cut.num_holders) {}
 
-  __device__ __forceinline__ bool is_whole_item() const {
-    return tokens.begin == piece.item.begin && tokens.end == piece.item.end;
-  }
-  __device__ __forceinline__ bool begins_piece() const {
-    return tokens.begin == piece.tokens.begin && first_row == 0;
-  }
-  __device__ __forceinline__ bool ends_piece() const {
-    return tokens.end == piece.tokens.end && first_row + unit_rows_ >= piece.num_rows;
-  }
-  __device__ __forceinline__ int num_rows() const {
-    return min(unit_rows_, piece.num_rows - first_row);
-  }
-  // Place of the unit among the chunks of its item.
-  __device__ __forceinline__ int chunk_index() const {
-    return chunk == 0 ? 0 : (tokens.begin - piece.item.begin) / chunk;
-  }
-
- private:
-  __device__ __forceinline__ bool advance(const WorkGeometry& g, const int32_t* qo_indptr,
-                                          const int32_t* kv_lens) {
-    dealt_ += num_tiles();
-    if (first_row + unit_rows_ < piece.num_rows) {
-      first_row += unit_rows_;
+  // Step to the next unit, at first to the first one; false at the end.
+  __device__ __forceinline__ bool next() {
+    if (first_row_ + unit_rows_ < piece_.num_rows) {
+      first_row_ += unit_rows_;
       return true;
     }
-    first_row = 0;
-    if (tokens.end < piece.tokens.end) {
-      begin_unit(tokens.end);
-      return true;
+    first_row_ = 0;
+    if (tokens_.end >= piece_.tokens.end) {
+      if (!next_piece()) return false;
+      tokens_.end = piece_.tokens.begin;
     }
-    if (!comes_before(at_, end_)) return false;
-    if (at_.request == piece.request) {
-      take_next_head(g);
-    } else if (!next_piece(g, kFewRows, qo_indptr, kv_lens, end_, at_, piece)) {
-      return false;
-    }
-    begin_piece(g);
+    const int32_t rest = piece_.tokens.end - tokens_.end;
+    tokens_ = {tokens_.end, tokens_.end + (chunk_ != 0 && chunk_ < rest ? chunk_ : rest)};
     return true;
   }
 
-  // As next_piece(), from one head of a request to the next: all but the head stays the same.
-  __device__ __forceinline__ void take_next_head(const WorkGeometry& g) {
-    piece.kv_head = at_.kv_head;
-    piece.tokens = piece.item;
-    const bool cut = same_item(at_, end_);
-    if (cut) piece.tokens.end = piece.item.begin + end_.kv_offset;
-    at_ = cut ? end_ : next_item(g, 1, at_);
+  __device__ __forceinline__ const WorkPiece& piece() const { return piece_; }
+  __device__ __forceinline__ const KvRange& tokens() const { return tokens_; }
+  __device__ __forceinline__ int32_t first_row() const { return first_row_; }
+  __device__ __forceinline__ int32_t num_rows() const {
+    return min(unit_rows_, piece_.num_rows - first_row_);
   }
 
-  __device__ __forceinline__ void begin_piece(const WorkGeometry& g) {
-    chunk = chunk_tokens(g, kFewRows, piece.item.end - piece.item.begin);
-    begin_unit(piece.tokens.begin);
-  }
-  __device__ __forceinline__ void begin_unit(int32_t begin) {
-    const int32_t rest = piece.tokens.end - begin;
-    tokens = {begin, begin + (chunk != 0 && chunk < rest ? chunk : rest)};
+  // Describe the current unit; partial states lie in `area`.
+  __device__ __forceinline__ void describe(const PartialArea& area, FewRowsUnit& unit) const {
+    unit.piece = piece_;
+    unit.tokens = tokens_;
+    unit.first_row = first_row_;
+    unit.num_rows = num_rows();
+    unit.is_whole_item = tokens_.begin == piece_.item.begin && tokens_.end == piece_.item.end;
+    unit.ends_piece =
+        tokens_.end == piece_.tokens.end && first_row_ + unit_rows_ >= piece_.num_rows;
+    unit.exists = true;
+    if (unit.is_whole_item) return;
+    const bool begins_item = piece_.tokens.begin == piece_.item.begin;
+    const bool ends_item = piece_.tokens.end == piece_.item.end;
+    const int32_t first_holder = begins_item ? worker_ : begin_holder_;
+    const int32_t num_holders = !begins_item ? begin_holders_ : ends_item ? 1 : end_holders_;
+    int32_t num_chunks = 0;
+    int32_t index = begins_item ? 0 : begin_rank_;
+    if (chunk_ != 0) {
+      num_chunks = (piece_.item.end - piece_.item.begin + chunk_ - 1) / chunk_;
+      index = (tokens_.begin - piece_.item.begin) / chunk_;
+    }
+    unit.partials = make_item_partials(area, first_holder, num_holders, num_chunks);
+    unit.slot = unit.partials.slot(index);
   }
 
+ private:
+  // Lengths of a request as they come from memory: whoever looks at them waits for them.
+  struct LoadedLens {
+    int32_t first_row;
+    int32_t end_row;
+    int32_t kv_len;
+  };
+
+  __device__ __forceinline__ bool next_piece() {
+    while (comes_before(at_, end_)) {
+      const RequestLens lens =
+          make_request_lens(loaded_.first_row, loaded_.end_row, loaded_.kv_len);
+      const RequestSpan span = {loaded_.first_row, lens.qo_len, lens.kv_len, 0};
+      const int32_t request = at_.request;
+      const bool is_in_line = num_q_tiles(g_, kFewRows, span.qo_len) > 0;
+      if (is_in_line) {
+        take_piece(g_, kFewRows, span, end_, at_, piece_);
+        chunk_ = chunk_tokens(g_, kFewRows, piece_.item.end - piece_.item.begin);
+      } else {
+        at_ = {request + 1, 0, 0, 0};
+      }
+      // The next request's lengths arrive while this one's keys are copied.
+      if (at_.request != request && at_.request < g_.num_reqs) {
+        loaded_ = {qo_indptr_[at_.request], qo_indptr_[at_.request + 1], kv_lens_[at_.request]};
+      }
+      if (is_in_line) return true;
+    }
+    return false;
+  }
+
+  const WorkGeometry& g_;
+  const int32_t* qo_indptr_;
+  const int32_t* kv_lens_;
   LinePosition at_;
   LinePosition end_;
+  LoadedLens loaded_;  // of at_.request
+  int32_t worker_;
   int32_t unit_rows_;
-  int32_t dealt_;  // tiles of earlier units
+  int32_t begin_holder_;
+  int32_t begin_rank_;
+  int32_t begin_holders_;
+  int32_t end_holders_;
+  WorkPiece piece_ = {};
+  KvRange tokens_ = {};
+  int32_t first_row_ = 0;
+  int32_t chunk_ = 0;  // tokens per chunk of the item; 0 = one chunk per piece
 };
 
 }  // namespace fi

@@ -6,8 +6,9 @@
 #pragma once
 
 #include <fi_backend/plan/device_plan_params.h>
+#include <fi_backend/plan/whole_items.h>
 
-#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/plan/device_cuts.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 
 namespace fi {
@@ -15,18 +16,23 @@ namespace fi {
 inline constexpr int kPlanMaxThreads = 512;
 
 struct PlanMemory {
-  int64_t warp_cost[kWarpSize];   // cost of the requests of each warp
-  int32_t warp_items[kWarpSize];  // those of them that are in the line
+  int64_t warp_cost[kWarpSize];      // cost of the requests of each warp
+  int32_t warp_items[kWarpSize];     // those of them that are in the line
+  uint32_t warp_largest[kWarpSize];  // cost of one of them
   // prefix_cost of every sample_stride-th request: most of a search stays in shared memory.
   static constexpr int kMaxSamples = 1024;
   int64_t samples[kMaxSamples + 1];
+  CutMemory cuts;
 };
 
+// x >= 0, in three parts whose sums fit 32 bits.
 __device__ __forceinline__ int64_t sum_over_warp(int64_t x) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, offset);
-  }
-  return x;
+  constexpr int kBits = 26;
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  const uint32_t low = __reduce_add_sync(kFullWarp, uint32_t(x) & kMask);
+  const uint32_t middle = __reduce_add_sync(kFullWarp, uint32_t(x >> kBits) & kMask);
+  const uint32_t high = __reduce_add_sync(kFullWarp, uint32_t(x >> 2 * kBits));
+  return int64_t{low} + (int64_t{middle} << kBits) + (int64_t{high} << 2 * kBits);
 }
 
 // The sum of x over this lane and those before it.
@@ -53,34 +59,39 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   const int32_t num_rounds = (g.num_reqs + blockDim.x - 1) / blockDim.x;
   const int32_t begin = min(warp * num_rounds * kWarpSize, g.num_reqs);
   const int32_t end = min(begin + num_rounds * kWarpSize, g.num_reqs);
-  const auto load_lens = [&](int32_t r) {
-    return r < end ? request_lens(p.qo_indptr, p.kv_lens, r) : RequestLens{0, 0};
-  };
+  const auto load_span = [&](int32_t r) { return request_span(p.qo_indptr, p.kv_lens, end, r); };
   int64_t through = 0;  // cost of the warp's requests up to this lane's
   int64_t of_warp = 0;
   int32_t items = 0;  // of this lane, one for all heads
+  uint32_t largest = 0;
   const int32_t num_rows = p.qo_indptr[g.num_reqs];
-  RequestLens lens = load_lens(begin + lane);
+  RequestSpan span = load_span(begin + lane);
   for (int32_t first = begin; first < end; first += kWarpSize) {
-    const RequestLens upcoming = load_lens(first + kWarpSize + lane);
-    through = of_warp + scan_over_warp(request_cost(g, kLine, lens), lane);
+    const RequestSpan upcoming = load_span(first + kWarpSize + lane);
+    const int64_t cost = request_cost(g, kLine, {span.qo_len, span.kv_len});
+    through = of_warp + scan_over_warp(cost, lane);
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
-    items += num_q_tiles(g, kLine, lens.qo_len) > 0;
+    largest = max(largest, clamp_cost(cost));
+    items += num_q_tiles(g, kLine, span.qo_len) > 0;
     // The last round's stay in registers.
     if (first + kWarpSize < end) prefix[first + lane + 1] = through;
-    lens = upcoming;
+    span = upcoming;
   }
   items = __reduce_add_sync(kFullWarp, items);
+  largest = __reduce_max_sync(kFullWarp, largest);
   if (lane == 0) {
     memory.warp_cost[warp] = of_warp;
     memory.warp_items[warp] = items;
+    memory.warp_largest[warp] = largest;
   }
   __syncthreads();
   const int64_t of_lane = lane < num_warps ? memory.warp_cost[lane] : 0;
   const int64_t total = sum_over_warp(of_lane);
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
   items = __reduce_add_sync(kFullWarp, lane < num_warps ? memory.warp_items[lane] : 0);
-  const int32_t active = active_workers(g, kLine, int64_t{items} * g.num_kv_heads, num_rows);
+  largest = __reduce_max_sync(kFullWarp, lane < num_warps ? memory.warp_largest[lane] : 0u);
+  const LineLoad load = {items, total, largest, num_rows};
+  const int32_t active = active_workers(g, kLine, load);
 
   // Add what other warps have before.
   const int32_t sample_stride = g.num_reqs / PlanMemory::kMaxSamples + 1;
@@ -100,19 +111,29 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   __syncthreads();
 
   // Find where workers begin.
+  const bool keeps_starts = g.num_workers < CutMemory::kMaxStarts;
   const int32_t num_samples = (g.num_reqs + sample_stride - 1) / sample_stride;
   for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
     plan.finished[kLine][w] = 0;
     const int64_t at = w < active ? worker_cost(total, active, w) : total;
+    const auto keep = [&](const LinePosition& start) {
+      if (keeps_starts) memory.cuts.starts[w] = start;
+    };
     if (at >= total) {
-      plan_end(g, kLine, w, plan);
+      keep(plan_end(g, kLine, w, plan));
       continue;
     }
     const int32_t sample = last_at_most(memory.samples, 0, num_samples, at) * sample_stride;
     const int32_t r = last_at_most(prefix, sample, min(sample + sample_stride, g.num_reqs), at);
     const int64_t cost_before = sample_stride == 1 ? memory.samples[r] : prefix[r];
-    plan_start(g, kLine, p.qo_indptr, p.kv_lens, r, at - cost_before, w, plan);
+    const auto find_span = [&](int32_t request) {
+      return request_span(p.qo_indptr, p.kv_lens, g.num_reqs, request);
+    };
+    keep(plan_start(g, kLine, r, find_span(r), find_span(r + 1), at - cost_before, w, plan));
   }
+  __syncthreads();
+  write_cuts(keeps_starts ? memory.cuts.starts : plan.starts[kLine], g.num_workers, memory.cuts,
+             plan.cuts[kLine]);
 }
 
 // Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads.

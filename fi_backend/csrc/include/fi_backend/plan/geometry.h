@@ -26,10 +26,11 @@ struct WorkGeometry {
   int32_t window_left;     // a row sees this many keys to the left of its own; -1 = all
   int32_t split;           // 0 = cut anywhere, -1 = never cut, n = cut at multiples of n tokens
   int32_t num_workers;
-  int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this many tokens
+  int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this power of two
   int32_t min_piece_tokens;  // and a cut that would leave less moves to the item's edge
   int32_t item_overhead;     // cost of an item besides its keys, in units (work_cost.h)
-  int32_t many_items;        // see active_workers(); 0 = all workers are always active
+  int32_t blocks_per_sm;     // of the few-row kernel, for few rows; 0 = all workers are active
+  int32_t section_tokens;  // K and V of so many tokens of a head fit the L2 cache; see whole_item()
 };
 
 struct RequestLens {
@@ -58,16 +59,19 @@ FI_HOST_DEVICE int64_t ceil_div64(int64_t a, int64_t b) { return divide_index(a 
 
 // Lengths of a request. What no engine means is empty: a kernel cannot refuse it, for nobody reads
 // lengths that live on the device, and must neither fault on it nor run for ever.
-FI_HOST_DEVICE RequestLens request_lens(const int32_t* qo_indptr, const int32_t* kv_lens,
-                                        int32_t request) {
-  const int32_t first_row = qo_indptr[request];
-  const int32_t end_row = qo_indptr[request + 1];
-  const int32_t kv_len = kv_lens[request];
+FI_HOST_DEVICE RequestLens make_request_lens(int32_t first_row, int32_t end_row, int32_t kv_len) {
   return {first_row < 0 || end_row < first_row ? 0 : end_row - first_row, kv_len < 0 ? 0 : kv_len};
 }
 
-FI_HOST_DEVICE RequestSpan request_span(const int32_t* qo_indptr, const int32_t* kv_lens,
+FI_HOST_DEVICE RequestLens request_lens(const int32_t* qo_indptr, const int32_t* kv_lens,
                                         int32_t request) {
+  return make_request_lens(qo_indptr[request], qo_indptr[request + 1], kv_lens[request]);
+}
+
+// Of a request, or empty for the one after the last.
+FI_HOST_DEVICE RequestSpan request_span(const int32_t* qo_indptr, const int32_t* kv_lens,
+                                        int32_t num_reqs, int32_t request) {
+  if (request >= num_reqs) return {};
   const RequestLens lens = request_lens(qo_indptr, kv_lens, request);
   return {qo_indptr[request], lens.qo_len, lens.kv_len, 0};
 }

@@ -2,7 +2,7 @@
 // one locate per worker.
 #pragma once
 
-#include <fi_backend/plan/work_line.h>
+#include <fi_backend/plan/item_cuts.h>
 
 namespace fi {
 
@@ -14,15 +14,17 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
   for (int line = 0; line < kNumLines; ++line) {
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
-    int64_t num_items = 0;
+    LineLoad load = {0, 0, 0, qo_indptr[geometry.num_reqs]};
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
-      prefix[r + 1] = prefix[r] + request_cost(geometry, line, lens);
-      if (num_q_tiles(geometry, line, lens.qo_len) > 0) num_items += geometry.num_kv_heads;
+      const int64_t cost = request_cost(geometry, line, lens);
+      prefix[r + 1] = prefix[r] + cost;
+      load.num_requests += num_q_tiles(geometry, line, lens.qo_len) > 0;
+      if (clamp_cost(cost) > load.largest) load.largest = clamp_cost(cost);
     }
-    const int64_t total = prefix[geometry.num_reqs];
+    const int64_t total = load.cost = prefix[geometry.num_reqs];
     plan.has_work[line] = total > 0;
-    const int32_t active = active_workers(geometry, line, num_items, qo_indptr[geometry.num_reqs]);
+    const int32_t active = active_workers(geometry, line, load);
     for (int32_t w = 0; w <= geometry.num_workers; ++w) {
       plan.finished[line][w] = 0;
       const int64_t cost = w < active ? worker_cost(total, active, w) : total;
@@ -31,8 +33,12 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
         continue;
       }
       const int32_t r = last_at_most(prefix, 0, geometry.num_reqs, cost);
-      plan_start(geometry, line, qo_indptr, kv_lens, r, cost - prefix[r], w, plan);
+      const auto span = [&](int32_t request) {
+        return request_span(qo_indptr, kv_lens, geometry.num_reqs, request);
+      };
+      plan_start(geometry, line, r, span(r), span(r + 1), cost - prefix[r], w, plan);
     }
+    plan_cuts(plan.starts[line], geometry.num_workers, plan.cuts[line]);
   }
 }
 

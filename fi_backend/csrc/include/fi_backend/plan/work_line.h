@@ -13,7 +13,8 @@
 
 namespace fi {
 
-constexpr int kMaxChunks = 16;  // chunks of one item in batch-invariant mode
+constexpr int kMaxWorkers = 16383;  // far more than a GPU has thread blocks resident
+constexpr int kMaxChunks = 16;      // chunks of one item in batch-invariant mode
 
 // A place in a line. kv_offset counts tokens from the start of the item's kv range.
 struct LinePosition {
@@ -21,6 +22,14 @@ struct LinePosition {
   int32_t kv_head;
   int32_t q_tile;
   int32_t kv_offset;
+};
+
+// The item that a worker begins inside of.
+struct ItemCut {
+  int32_t first_holder;  // the worker that has the item's first keys
+  int32_t rank;          // of the worker among those that have keys of it, in their order
+  int32_t num_holders;
+  int32_t unused;  // 16 bytes can be one load
 };
 
 // Tokens per chunk of an item: its state is computed per chunk, and chunks are merged in order.
@@ -37,7 +46,8 @@ FI_HOST_DEVICE int32_t legal_cut(const WorkGeometry& g, int line, int32_t num_to
                                  int64_t kv_offset) {
   const int32_t chunk = chunk_tokens(g, line, num_tokens);
   const int64_t align = chunk == 0 ? g.cut_tokens : chunk;
-  const int64_t cut = divide_index(kv_offset + align / 2, align).quot * align;
+  const int64_t wish = kv_offset + align / 2;
+  const int64_t cut = chunk == 0 ? wish & -align : divide_index(wish, align).quot * align;
   const int64_t smallest = chunk == 0 ? g.min_piece_tokens : 1;
   if (cut < smallest) return 0;
   if (cut > num_tokens - smallest) return num_tokens;
@@ -46,14 +56,16 @@ FI_HOST_DEVICE int32_t legal_cut(const WorkGeometry& g, int line, int32_t num_to
 
 // The plan's arrays in its int32 buffer, which is aligned to 8 bytes. Workers own neighbouring
 // pieces of a line: starts[line][w] is where worker w begins, starts[line][num_workers] the end.
-// Starts and spans are 16 bytes each, and as well aligned as the buffer up to that.
+// Starts, cuts and spans are 16 bytes each, and as well aligned as the buffer up to that.
 struct PlanView {
   WorkGeometry* geometry;
-  int32_t* has_work;                // [kNumLines], 1 if the line has any item, else 0
+  int32_t* has_work;                // [kNumLines], 0 if the line has no item; see whole_items.h
   int64_t* prefix_cost[kNumLines];  // [num_reqs + 1], cost of the line's requests before r
   LinePosition* starts[kNumLines];  // [num_workers + 1]
+  ItemCut* cuts[kNumLines];         // [num_workers + 1]; {w, 0, 1} where w begins at an item's edge
   RequestSpan* spans[kNumLines];    // [num_workers + 1], of the requests where workers begin
-  int32_t* finished[kNumLines];     // [num_workers + 1], 0: counters for the run, which leaves 0
+  int32_t* finished[kNumLines];     // [num_workers + 1], 0: counters for the run, which leaves 0;
+                                    // the last one is of whole items
 };
 
 constexpr int kPlanHeaderInts = 16;
@@ -61,7 +73,7 @@ constexpr int kHasWorkInt = 14;  // place of has_work in the header
 static_assert(sizeof(WorkGeometry) <= kHasWorkInt * sizeof(int32_t), "header too small");
 
 FI_HOST_DEVICE int64_t plan_ints(int64_t num_reqs, int64_t num_workers) {
-  return kPlanHeaderInts + kNumLines * (2 * (num_reqs + 1) + 9 * (num_workers + 1));
+  return kPlanHeaderInts + kNumLines * (2 * (num_reqs + 1) + 13 * (num_workers + 1));
 }
 
 FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num_workers) {
@@ -72,11 +84,13 @@ FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num
   const int64_t num_starts = int64_t{num_workers} + 1;
   auto* cost = reinterpret_cast<int64_t*>(buffer + kPlanHeaderInts);
   auto* starts = reinterpret_cast<LinePosition*>(cost + kNumLines * num_costs);
-  auto* spans = reinterpret_cast<RequestSpan*>(starts + kNumLines * num_starts);
+  auto* cuts = reinterpret_cast<ItemCut*>(starts + kNumLines * num_starts);
+  auto* spans = reinterpret_cast<RequestSpan*>(cuts + kNumLines * num_starts);
   auto* finished = reinterpret_cast<int32_t*>(spans + kNumLines * num_starts);
   for (int line = 0; line < kNumLines; ++line) {
     plan.prefix_cost[line] = cost + line * num_costs;
     plan.starts[line] = starts + line * num_starts;
+    plan.cuts[line] = cuts + line * num_starts;
     plan.spans[line] = spans + line * num_starts;
     plan.finished[line] = finished + line * num_starts;
   }
@@ -122,44 +136,90 @@ FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t requ
   const int64_t in_item = in_head.rem - head.before(at.q_tile);
   const KvRange tokens = item_tokens(g, line, lens.qo_len, lens.kv_len, at.q_tile);
   const int32_t num_tokens = tokens.end - tokens.begin;
-  const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
-  const int64_t wish =
-      divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
+  int64_t wish;
+  if (line == kFewRows) {  // every piece of an item has its share of what an item costs besides
+    const int64_t units = (int64_t{num_tokens} + kCostTokens - 1) / kCostTokens;
+    wish = divide_index(in_item * units, max64(1, head.all())).quot * kCostTokens;
+  } else {
+    const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
+    wish = divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
+  }
   at.kv_offset = legal_cut(g, line, num_tokens, min64(wish, num_tokens));
   return num_tokens > 0 && at.kv_offset == num_tokens ? next_item(g, head.num_tiles, at) : at;
 }
 
-// Write where worker w begins: at a cost inside of `request`.
-FI_HOST_DEVICE void plan_start(const WorkGeometry& g, int line, const int32_t* qo_indptr,
-                               const int32_t* kv_lens, int32_t request, int64_t cost, int32_t w,
-                               const PlanView& plan) {
-  const RequestSpan here = request_span(qo_indptr, kv_lens, request);
-  // A legal cut may lie at the next request. Its lengths are loaded together with this one's.
-  RequestSpan next = {};
-  if (request + 1 < g.num_reqs) next = request_span(qo_indptr, kv_lens, request + 1);
+// Write where worker w begins, at a cost inside of `request`; return it. A legal cut may lie at the
+// next request, so both spans are wanted.
+FI_HOST_DEVICE LinePosition plan_start(const WorkGeometry& g, int line, int32_t request,
+                                       const RequestSpan& here, const RequestSpan& next,
+                                       int64_t cost, int32_t w, const PlanView& plan) {
   const LinePosition start = locate(g, line, request, {here.qo_len, here.kv_len}, cost);
   plan.starts[line][w] = start;
   plan.spans[line][w] = start.request == request ? here : next;
+  return start;
 }
 
-// Write the start of a worker that has nothing to do, or the end of the line.
-FI_HOST_DEVICE void plan_end(const WorkGeometry& g, int line, int32_t w, const PlanView& plan) {
-  plan.starts[line][w] = {g.num_reqs, 0, 0, 0};
+// Write the start of a worker that has nothing to do, or the end of the line; return it.
+FI_HOST_DEVICE LinePosition plan_end(const WorkGeometry& g, int line, int32_t w,
+                                     const PlanView& plan) {
+  const LinePosition end = {g.num_reqs, 0, 0, 0};
+  plan.starts[line][w] = end;
   plan.spans[line][w] = {};
+  return end;
 }
 
-// Packed rows of a request up to which the few-row CUDA kernel needs so little that a third more of
-// its thread blocks fit an SM.
+// Packed rows of a request up to which more than one thread block of the few-row CUDA kernel fits
+// an SM.
 constexpr int kSmallItemRows = 8;
 
-// The first so many workers of a line get work. Two thirds of them where no more thread blocks fit
-// a GPU at a time, and where a line has few items: more pieces of an item only take longer to
-// merge.
-FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, int64_t num_items,
-                                      int64_t num_rows) {
+// Cost of the keys that keep a worker busy for as long as it takes to start it; and of those that
+// do for as long as merging its piece with many others of an item takes, in which nothing is read.
+constexpr int kWorthStarting = 32;
+constexpr int kWorthMerging = 128;
+constexpr int kManyPieces = 16;  // of an item
+
+// What a line's requests have in sum.
+struct LineLoad {
+  int64_t num_requests;  // in the line
+  int64_t cost;
+  uint32_t largest;  // cost of a request, see clamp_cost()
+  int64_t num_rows;  // of q, those of the other line included
+};
+
+FI_HOST_DEVICE uint32_t clamp_cost(int64_t cost) {
+  return static_cast<uint32_t>(min64(cost, 0xffffffff));
+}
+
+// The first so many workers of the few-row line get work: one an SM, a third of them, and more
+// where they are worth it and fit. Equal items are cut into equal pieces if that leaves few without
+// work.
+FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
+  const uint32_t num_sms = uint32_t(g.num_workers + 2) / 3;
   const int64_t small_rows = int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
-  const bool needs_all = line == kFewRows && num_items >= g.many_items && num_rows <= small_rows;
-  return g.many_items == 0 || needs_all ? g.num_workers : (2 * g.num_workers + 2) / 3;
+  const uint32_t num_blocks = load.num_rows <= small_rows ? g.blocks_per_sm : 1;
+  const int64_t num_items = load.num_requests * g.num_kv_heads;
+  int64_t active = min64(load.cost / kWorthStarting, num_items * kManyPieces);
+  active = max64(num_sms, max64(active, load.cost / kWorthMerging));
+  active = min64(active, min64(g.num_workers, num_blocks * num_sms));
+  // A worker for each piece at most: no thread block of an SM idles while another has two pieces.
+  const int64_t cost_of_piece = g.cut_tokens / kCostTokens * unit_cost(1);
+  active = min64(active, max64(1, divide_index(load.cost, cost_of_piece).quot));
+
+  const bool items_are_equal = load.largest * load.num_requests <= load.cost + load.cost / 32;
+  if (!items_are_equal || num_items == 0 || num_items > active) return static_cast<int32_t>(active);
+  for (uint32_t blocks = uint32_t(active) / num_sms; blocks > 0; --blocks) {
+    const uint32_t resident = blocks * num_sms;
+    const uint32_t without_work = resident % uint32_t(num_items);
+    if (without_work * 16 <= resident) return static_cast<int32_t>(resident - without_work);
+  }
+  return static_cast<int32_t>(active);
+}
+
+// The first so many workers of a line get work.
+FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, const LineLoad& load) {
+  if (g.blocks_per_sm == 0) return g.num_workers;
+  // One block of the many-row kernel fits an SM.
+  return line == kFewRows ? active_few_row_workers(g, load) : (g.num_workers + 2) / 3;
 }
 
 // Cost at which worker w of a line begins, without overflow.

@@ -1,7 +1,7 @@
 // Walk the pieces that a plan gives to one worker, and find the pieces that make up an item.
 #pragma once
 
-#include <fi_backend/plan/work_line.h>
+#include <fi_backend/plan/item_cuts.h>
 
 namespace fi {
 
@@ -26,10 +26,6 @@ FI_HOST_DEVICE bool comes_before(const LinePosition& a, const LinePosition& b) {
   return a.kv_offset < b.kv_offset;
 }
 
-FI_HOST_DEVICE bool same_item(const LinePosition& a, const LinePosition& b) {
-  return a.request == b.request && a.kv_head == b.kv_head && a.q_tile == b.q_tile;
-}
-
 // Take the piece at `at`, in an item of the request that `span` is of, and move `at` past it.
 FI_HOST_DEVICE void take_piece(const WorkGeometry& g, int line, const RequestSpan& span,
                                const LinePosition& end, LinePosition& at, WorkPiece& piece) {
@@ -52,7 +48,7 @@ FI_HOST_DEVICE bool next_piece(const WorkGeometry& g, int line, const int32_t* q
                                const int32_t* kv_lens, const LinePosition& end, LinePosition& at,
                                WorkPiece& piece) {
   while (at.request < g.num_reqs && comes_before(at, end)) {
-    const RequestSpan span = request_span(qo_indptr, kv_lens, at.request);
+    const RequestSpan span = request_span(qo_indptr, kv_lens, g.num_reqs, at.request);
     if (num_q_tiles(g, line, span.qo_len) > 0) {
       take_piece(g, line, span, end, at, piece);
       return true;

@@ -1,0 +1,228 @@
+// The warp of the few-row kernel that copies: it walks over the worker's units and keeps queries, K
+// and V ahead of the warps that compute, across the borders of work items.
+//
+// Stages of the ring are used in turn, per unit: K, V, K, V, .., and one that stays empty, where
+// the other warps bring their accumulators together.
+#pragma once
+
+#include <fi_backend/attention/few_rows_params.cuh>
+#include <fi_backend/attention/few_rows_traits.cuh>
+#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/cp_async.cuh>
+#include <fi_backend/ptx/grid_dependency.cuh>
+#include <fi_backend/ptx/ldmatrix.cuh>
+#include <fi_backend/ptx/mbarrier.cuh>
+
+namespace fi {
+
+// What is copied for rows that do not exist: the longest row.
+static __device__ const uint4 zero_row[256 * 2 / kChunkBytes] = {};
+
+// Arrivals that fill a slot: the lanes' copies, and for a unit also what lane 0 writes.
+inline constexpr int kStageArrivals = kWarpSize;
+inline constexpr int kUnitArrivals = kWarpSize + 1;
+
+template <class Traits>
+class FewRowsCopies {
+  using Shared = FewRowsShared<Traits>;
+  using Q = typename Traits::Q;
+  using Kv = typename Traits::Kv;
+  static constexpr int kGroups = Traits::kStageTokens / kWarpSize;  // of a token for each lane
+
+ public:
+  // `ring`: shared address of the first stage.
+  __device__ __forceinline__ FewRowsCopies(const FewRowsParams& p, Shared& shared, uint32_t ring)
+      : p_(p), a_(p.attention), shared_(shared), ring_(ring) {}
+
+  __device__ __forceinline__ void run() {
+    constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
+    if (lane() < kGeometryInts) {
+      reinterpret_cast<int32_t*>(&shared_.geometry)[lane()] =
+          reinterpret_cast<const int32_t*>(p_.geometry)[lane()];
+    }
+    const WorkGeometry g = *p_.geometry;
+    int32_t worker = blockIdx.x;
+    WorkerRange range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
+    __syncthreads();  // behind the barriers' set-up, which need not be done before
+    if (g.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
+#pragma unroll 1
+    while (true) {
+      WorkUnits units(g, range, worker, Traits::kUnitRows, a_.qo_indptr, a_.kv_lens);
+#pragma unroll 1
+      while (units.next()) copy_unit(g, units);
+      worker += gridDim.x;
+      if (worker >= p_.num_workers) break;
+      range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
+    }
+    publish_end();
+    // Not before: thread blocks of the next kernel would take the places of those that have nothing
+    // to do, and so share fewer SMs among them.
+    ptx::grid_dependency_launch();
+  }
+
+ private:
+  // Where a request's pages are listed; table == nullptr: they are those from `first` on.
+  struct PageRow {
+    const int32_t* table;
+    int32_t first;
+  };
+  // Of the lane's token in each group of a stage.
+  struct TokenPlaces {
+    int32_t page_id[kGroups];
+    int32_t offset[kGroups];  // in the page
+  };
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarpSize; }
+
+  __device__ __forceinline__ PageRow pages_of(int32_t request) const {
+    const int32_t* table = a_.pages.pages_of(request);
+    return {table, table == nullptr ? a_.pages.indptr[request] : 0};
+  }
+
+  // Page ids, then queries, then tiles: in the order in which something waits for them.
+  __device__ __forceinline__ void copy_unit(const WorkGeometry& g, const WorkUnits& units) {
+    const int32_t begin = units.tokens().begin;
+    const int32_t end = units.tokens().end;
+    const PageRow pages = pages_of(units.piece().request);
+    load_page_ids(pages, begin, end);
+    copy_queries(g, units);
+    const int head = units.piece().kv_head;
+    int32_t token = begin;
+    do {
+      const TokenPlaces places = places_;
+      load_page_ids(pages, token + Traits::kStageTokens, end);
+      if (token < end) {
+        copy_stage<typename Traits::KRows>(a_.k_cache, a_.k_strides, head, places, end - token);
+      }
+      if (token == begin) publish(units);
+      if (token < end) {
+        copy_stage<typename Traits::VRows>(a_.v_cache, a_.v_strides, head, places, end - token);
+      }
+      token += Traits::kStageTokens;
+    } while (token < end);
+    begin_stage();
+    end_stage([](uint32_t barrier) { ptx::mbarrier_arrive(barrier); });
+  }
+
+  // Find the places of a stage's tokens. Pages past the unit's last token are not looked up.
+  __device__ __forceinline__ void load_page_ids(const PageRow& pages, int32_t token, int32_t end) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t mine = token + g * kWarpSize + lane();
+      if (mine >= end) continue;
+      const int32_t page = p_.page_size(mine);
+      places_.offset[g] = mine - page * a_.pages.page_size;
+      places_.page_id[g] = pages.table != nullptr ? pages.table[page] : pages.first + page;
+    }
+  }
+
+  // Start copying a unit's queries, when its slot is free.
+  __device__ __forceinline__ void copy_queries(const WorkGeometry& g, const WorkUnits& units) {
+    begin_unit();
+    // Of the lane's row: there are no more than lanes.
+    const WorkPiece& piece = units.piece();
+    const uint32_t packed = units.first_row() + lane();
+    const uint32_t row = packed / static_cast<uint32_t>(g.group_size);
+    const uint32_t head = piece.kv_head * g.group_size + packed - row * g.group_size;
+    const Q* q = static_cast<const Q*>(a_.q) + (int64_t{piece.qo_begin} + row) * a_.q_row_stride +
+                 head * a_.q_head_stride;
+    set_row(lane(), q, units.num_rows());
+    const uint32_t to = ptx::shared_address(shared_.q[unit_.slot]);
+    copy_rows<typename Traits::QRows, kRowBlock>(to, units.num_rows());
+    ptx::mbarrier_arrive_after_copies(unit_full());
+  }
+  // Hand a unit to the other warps.
+  __device__ __forceinline__ void publish(const WorkUnits& units) {
+    if (lane() == 0) {
+      units.describe(p_.partials, shared_.units[unit_.slot]);
+      ptx::mbarrier_arrive(unit_full());
+    }
+    unit_.advance(Traits::kUnitSlots);
+  }
+  __device__ __forceinline__ void publish_end() {
+    begin_unit();
+    if (lane() == 0) {
+      shared_.units[unit_.slot].exists = false;
+      ptx::mbarrier_arrive(unit_full());
+    }
+    ptx::mbarrier_arrive(unit_full());
+  }
+  __device__ __forceinline__ void begin_unit() const {
+    const SlotBarriers& barriers = shared_.unit_barriers[unit_.slot];
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.empty), unit_.parity ^ 1);
+  }
+  __device__ __forceinline__ uint32_t unit_full() const {
+    return ptx::shared_address(&shared_.unit_barriers[unit_.slot].full);
+  }
+
+  // Wait until the next stage is free; return its shared address.
+  __device__ __forceinline__ uint32_t begin_stage() const {
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.stage_barriers[stage_.slot].empty),
+                       stage_.parity ^ 1);
+    return ring_ + stage_.slot * Traits::kStageBytes;
+  }
+  template <class Arrive>
+  __device__ __forceinline__ void end_stage(const Arrive& arrive) {
+    arrive(ptx::shared_address(&shared_.stage_barriers[stage_.slot].full));
+    stage_.advance(p_.num_stages);
+  }
+
+  // Copy `count` or all tokens of a stage.
+  template <class Rows>
+  __device__ __forceinline__ void copy_stage(const void* cache, const KvStrides& strides, int head,
+                                             const TokenPlaces& places, int32_t count) {
+    const Kv* base = static_cast<const Kv*>(cache) + head * strides.head;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const Kv* row = base + places.page_id[g] * strides.page + places.offset[g] * strides.token;
+      set_row(g * kWarpSize + lane(), row, count);
+    }
+    copy_rows<Rows, kWarpSize>(begin_stage(), min(count, Traits::kStageTokens));
+    end_stage([](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
+  }
+
+  // Say where a row begins that is to be copied. Rows past `count` are zeros: their weights are 0,
+  // and nothing else times 0 is sure to be 0.
+  __device__ __forceinline__ void set_row(int row, const void* from, int32_t count) const {
+    shared_.copied_rows[row] = reinterpret_cast<uint64_t>(row < count ? from : zero_row);
+  }
+
+  // Copy the rows that were set, rounded up to blocks of kBlock. Lanes know different rows than
+  // they copy; through shared memory that takes fewer instructions than with shuffles.
+  template <class Rows, int kBlock>
+  __device__ __forceinline__ void copy_rows(uint32_t to, int32_t count) const {
+    constexpr int kCopies = kBlock * Rows::kChunks / kWarpSize;  // of a block, 32 chunks each
+    constexpr int kStep = kWarpSize / Rows::kChunks;
+    constexpr bool kCopiesWholeRows = kStep * Rows::kChunks == kWarpSize;
+    const auto row_of = [&](int copy) { return (copy * kWarpSize + lane()) / Rows::kChunks; };
+    const auto chunk_of = [&](int copy) { return (copy * kWarpSize + lane()) % Rows::kChunks; };
+    const uint64_t* rows = shared_.copied_rows + (kCopiesWholeRows ? row_of(0) : 0);
+    const uint32_t first = Rows::offset(row_of(0), chunk_of(0));
+    __syncwarp();
+#pragma unroll 1
+    for (; count > 0; count -= kBlock) {
+      uint64_t from[kCopies];  // loaded at once: a copy after each load would wait for it
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) from[i] = rows[kCopiesWholeRows ? i * kStep : row_of(i)];
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const uint32_t at = kCopiesWholeRows ? Rows::skip_rows(to + first, i * kStep)
+                                             : to + Rows::offset(row_of(i), chunk_of(i));
+        ptx::cp_async_16(at, reinterpret_cast<const void*>(from[i] + chunk_of(i) * kChunkBytes));
+      }
+      to += kBlock * Rows::kRowBytes;
+      rows += kBlock;
+    }
+    __syncwarp();
+  }
+
+  const FewRowsParams& p_;
+  const AttentionParams& a_;
+  Shared& shared_;
+  uint32_t ring_;
+  RingPlace unit_ = {};
+  RingPlace stage_ = {};
+  TokenPlaces places_ = {};
+};
+
+}  // namespace fi

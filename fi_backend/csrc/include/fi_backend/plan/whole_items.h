@@ -1,0 +1,69 @@
+// Items of the many-row line that are dealt whole: thread blocks take one after the other, longest
+// first, and nobody merges anything.
+//
+// An item of 128 rows is a small part of most steps. Where it is not, the line is cut at equal
+// costs instead (work_line.h): a part of an item costs its reader and its writer as much as some
+// hundred keys do.
+#pragma once
+
+#include <fi_backend/plan/work_line.h>
+
+namespace fi {
+
+// What PlanView::has_work says of a line.
+constexpr int kNoWork = 0;
+constexpr int kCutLine = 1;     // workers begin where PlanView::starts says
+constexpr int kWholeItems = 2;  // PlanView::prefix_cost counts the query tiles of requests before
+
+// What the items of the many-row line have in sum.
+struct ItemsLoad {
+  int64_t cost;
+  int64_t num_items;
+  int64_t longest;  // cost of an item
+};
+
+// Cost of the most expensive item of a request of the many-row line. Masks let the keys of a tile
+// grow or shrink from tile to tile, never both.
+FI_HOST_DEVICE int64_t longest_item(const WorkGeometry& g, const RequestLens& lens) {
+  const HeadCost head = make_head_cost(g, kManyRows, lens.qo_len, lens.kv_len);
+  if (head.num_full == 0) return head.last;
+  const int64_t last_full = head.before(head.num_full) - head.before(head.num_full - 1);
+  return max64(max64(head.before(1), last_full), head.last);
+}
+
+// True if all items are dealt whole: they cannot be cut, or that takes little longer than equal
+// parts would.
+FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& load) {
+  constexpr int kMergeTokens = 640;  // keys in the time it takes to write parts and merge them
+  if (g.blocks_per_sm == 0 || load.num_items == 0) return false;
+  if (g.split != 0) return true;
+  const int64_t workers = active_workers(g, kManyRows, {});
+  const int64_t share = divide_index(load.cost, workers).quot;
+  const int64_t mean = divide_index(load.cost, load.num_items).quot;
+  const int64_t in_last_round = divide_index(load.num_items - 1, workers).rem + 1;
+  // Costs of one request grow evenly, and the shortest items come last; those of several lengths
+  // come in any order.
+  const int64_t shortest = 2 * mean - load.longest;
+  const int64_t tail = shortest >= 0 ? divide_index(shortest * (workers - in_last_round), workers).quot
+                                     : load.longest / 2;
+  const int64_t parts = share + share / 16 + kMergeTokens / kCostTokens * unit_cost(g.tile_rows);
+  return max64(load.longest, share + tail) <= parts;
+}
+
+// Item `index` of a request, in the order in which whole items are dealt: kv heads whose keys and
+// values fit the L2 cache together, and among these the last tiles, which see most under a causal
+// mask, of all heads first.
+FI_HOST_DEVICE LinePosition whole_item(const WorkGeometry& g, int32_t request, int32_t kv_len,
+                                       int64_t num_tiles, int64_t index) {
+  const int64_t num_heads = g.num_kv_heads;
+  const int64_t num_sections =
+      min64(num_heads, max64(1, ceil_div64(num_heads * kv_len, g.section_tokens)));
+  const int64_t section_heads = ceil_div64(num_heads, num_sections);
+  const QuotRem section = divide_index(index, section_heads * num_tiles);
+  const int64_t first_head = section.quot * section_heads;
+  const QuotRem tile = divide_index(section.rem, min64(section_heads, num_heads - first_head));
+  return {request, static_cast<int32_t>(first_head + tile.rem),
+          static_cast<int32_t>(num_tiles - 1 - tile.quot), 0};
+}
+
+}  // namespace fi
