@@ -63,8 +63,8 @@ def device_plan(
         num_kv_heads: heads of the cache.
         head_dim_qk: size of a query or key row.
         head_dim_vo: size of a value or output row.
-        q_dtype: type of q. Tiles do not depend on it.
-        kv_dtype: type of the cache. Tiles do not depend on it.
+        q_dtype: type of q.
+        kv_dtype: type of the cache. Tiles of query rows depend on whether it is q's type.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
         num_workers: thread blocks that will run the plan.
@@ -91,5 +91,6 @@ def device_plan(
         num_workers,
         split,
         many_rows_only,
+        q_dtype == kv_dtype,
         enable_pdl,
     )

@@ -60,7 +60,7 @@ def host_plan(
     num_workers: int,
     split: int,
     many_rows_only: bool,
-    target: Literal["cpu", "cuda"] = "cpu",
+    target: Literal["cpu", "cuda", "sm_90"] = "cpu",
 ) -> None:
     """Write the plan of a step into `plan_buffer`.
 
@@ -72,8 +72,8 @@ def host_plan(
         num_kv_heads: heads of the cache.
         head_dim_qk: size of a query or key row.
         head_dim_vo: size of a value or output row.
-        q_dtype: type of q. Tiles do not depend on it.
-        kv_dtype: type of the cache. Tiles do not depend on it.
+        q_dtype: type of q.
+        kv_dtype: type of the cache. On sm_90, tiles of query rows depend on whether it is q's type.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
         num_workers: pieces to divide into, each for a thread or a thread block.
@@ -81,15 +81,16 @@ def host_plan(
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.
         many_rows_only: give every request to the many-row kernel.
-        target: whose kernels will run the plan. For "cuda" it is, bit for bit, what
-            :func:`fi_backend.kernels.device_plan.device_plan` writes: a length that is negative or
-            decreases `qo_indptr` is empty, while for "cpu" it is an error.
+        target: whose kernels will run the plan. For "sm_90" it is, bit for bit, what
+            :func:`fi_backend.kernels.device_plan.device_plan` writes on such a device, and for
+            "cuda" what it writes on others: a length that is negative or decreases `qo_indptr` is
+            empty, while for "cpu" it is an error.
 
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape, device or value.
     """
-    if target not in ("cpu", "cuda"):
-        raise ValueError(f'target must be "cpu" or "cuda"; got {target!r}')
+    if target not in ("cpu", "cuda", "sm_90"):
+        raise ValueError(f'target must be "cpu", "cuda" or "sm_90"; got {target!r}')
     _function("host_plan")(
         plan_buffer,
         qo_indptr,
@@ -103,5 +104,6 @@ def host_plan(
         num_workers,
         split,
         many_rows_only,
-        target == "cuda",
+        target != "cpu",
+        target == "sm_90" and q_dtype == kv_dtype,
     )

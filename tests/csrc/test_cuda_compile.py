@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_modules import append_spec, decode_spec, merge_spec, plan_spec, prefill_spec, rmsnorm_spec
+from cuda_modules import (
+    activation_spec,
+    append_spec,
+    decode_spec,
+    layernorm_spec,
+    merge_spec,
+    plan_spec,
+    prefill_spec,
+    rmsnorm_spec,
+    rope_append_spec,
+    rope_spec,
+)
 
 from fi_backend import jit
 from fi_backend.jit import paths, render, toolchain
@@ -16,11 +27,19 @@ from fi_backend.jit import paths, render, toolchain
 pytestmark = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc; there is none")
 
 BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+INT8 = torch.int8
 BUILDERS = {
     "merge": (merge_spec, (BF16, BF16)),
     "merge_f32": (merge_spec, (F32, F32)),
     "append": (append_spec, (BF16, E4M3)),
     "rmsnorm": (rmsnorm_spec, (BF16, BF16)),
+    "rmsnorm_fp8": (rmsnorm_spec, (BF16, E4M3)),
+    "layernorm": (layernorm_spec, (BF16, BF16)),
+    "layernorm_int8": (layernorm_spec, (F32, INT8)),
+    "rope": (rope_spec, (BF16,)),
+    "activation": (activation_spec, (BF16,)),
+    "rope_append": (rope_append_spec, (BF16, BF16)),
+    "rope_append_fp8": (rope_append_spec, (BF16, E4M3)),
     "plan": (plan_spec, ()),
     "decode": (decode_spec, (BF16, BF16)),
     "decode_fp8": (decode_spec, (BF16, E4M3)),
@@ -87,10 +106,13 @@ def test_dependent_launch_waits_before_it_touches_memory(kernel: str, tmp_path: 
 
 
 def assert_waits_first(entry: str) -> None:
-    """Assert that a kernel's PTX waits for the kernel before it touches memory or branches."""
+    """Assert that every path of a kernel's PTX waits before it touches memory."""
     name = entry.partition("(")[0]
-    accesses = [match.start() for match in re.finditer(r"\b(?:ld|st)\.global|\bbra\b", entry)]
-    assert 0 < entry.find("griddepcontrol.wait") < min(accesses), name
+    before, found, after = entry.partition("griddepcontrol.wait")
+    assert found, name
+    assert not re.search(r"\b(?:ld|st|atom|red|cp)\b[\w.:]*\.global|\bret\b", before), name
+    for label in re.findall(r"\bbra\S*\s+(\$\w+)", before):
+        assert f"{label}:" not in after, f"{name}: a branch skips the wait"
     assert "ld.global.nc" not in entry, f"{name}: data may change while it starts"
 
 
@@ -108,7 +130,9 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
 
     x = torch.zeros(2, 4, 8, dtype=BF16)
     lse = torch.zeros(2, 4)
-    merge, append, rmsnorm = (jit.load(specs[name]) for name in ("merge", "append", "rmsnorm"))
+    names = ("merge", "append", "rmsnorm", "layernorm", "rope", "activation", "rope_append")
+    modules = {name: jit.load(specs[name]) for name in names}
+    merge, append, rmsnorm = (modules[name] for name in names[:3])
     with pytest.raises(ValueError, match=r"v_a: must be a CUDA tensor.*v_a\.cuda\(\)"):
         merge.merge_pair(x, lse, x, lse, x, lse, None, False)
     with pytest.raises(ValueError, match="v: must be a CUDA tensor"):
@@ -121,10 +145,30 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
         rmsnorm.rmsnorm(x, x[0, 0], x, None, None, 1.0, 1e-6, 0.0, False)
     with pytest.raises(TypeError, match="Expected"):
         rmsnorm.rmsnorm(x, x[0, 0])
+    weight, angles = torch.zeros(8), torch.zeros(4, 8)
+    calls = [
+        lambda: modules["layernorm"].layernorm(x, weight, weight, x, None, 1.0, 1e-6, False),
+        lambda: modules["rope"].rope_cos_sin(x, x, x, x, slots, angles, 8, False, False),
+        lambda: modules["rope"].rope(
+            x, x, x, x, slots, None, None, 8, False, 1.0, 1e4, 0.0, 0.0, False
+        ),
+        lambda: modules["activation"].silu_and_mul(x, x, False),
+        lambda: modules["rope_append"].rope_append_slots(
+            *(x, x, x, x, slots, angles, cache, cache, slots, False, None, None, 1e-6, 0.0),
+            *(None, None, 1.0, 1.0, False),
+        ),
+        lambda: modules["rope_append"].rope_append_positions(
+            *(x, x, x, x, slots, angles, cache, cache, slots, slots, slots, slots, False),
+            *(None, None, 1e-6, 0.0, None, None, 1.0, 1.0, False),
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"(input|q): must be a CUDA tensor"):
+            call()
     plan = jit.load(specs["plan"])
     lens = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
-        plan.device_plan(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, False, False)
+        plan.device_plan(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3)
     decode = jit.load(specs["decode"])
     with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
         decode.run(

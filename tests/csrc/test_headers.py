@@ -96,9 +96,13 @@ def test_device_header_compiles_with_nvrtc(
 
 
 INSTANCES = """
+#include <fi_backend/activation/activation.cuh>
 #include <fi_backend/attention/merge.cuh>
+#include <fi_backend/norm/layernorm.cuh>
 #include <fi_backend/norm/rmsnorm.cuh>
 #include <fi_backend/page/append.cuh>
+#include <fi_backend/rope/rope.cuh>
+#include <fi_backend/rope/rope_append.cuh>
 namespace fi {
 #define ARG(Params) (const __grid_constant__ Params)
 using T = __nv_bfloat16;
@@ -108,6 +112,13 @@ template __global__ void merge_states_kernel<MergeTraits<T, T, 8>> ARG(MergeStat
 template __global__ void append_kernel<AppendTraits<T, Q, 8>> ARG(AppendParams);
 template __global__ void rmsnorm_kernel<RmsNormTraits<T, T, 8, true>> ARG(RmsNormParams);
 template __global__ void rmsnorm_long_kernel<RmsNormTraits<T, T, 1, true>> ARG(RmsNormParams);
+template __global__ void layernorm_kernel<LayerNormTraits<T, int8_t, 8>> ARG(LayerNormParams);
+template __global__ void layernorm_long_kernel<LayerNormTraits<T, Q, 1>> ARG(LayerNormParams);
+template __global__ void rope_kernel<RopeTraits<T, 8, true>> ARG(RopeParams);
+template __global__ void rope_kernel<RopeTraits<T, 1, false>> ARG(RopeParams);
+template __global__ void rope_append_kernel<RopeAppendTraits<T, Q, 8, 1, 4>> ARG(RopeAppendParams);
+template __global__ void
+    gate_and_mul_kernel<ActivationTraits<T, Gelu, 8>> ARG(GatedActivationParams);
 }
 """
 

@@ -43,6 +43,11 @@ def loader(
     return of_case
 
 
+def planner_target() -> str:
+    """Return whose plan the host planner has to make."""
+    return "sm_90" if torch.cuda.get_device_capability()[0] == 9 else "cuda"
+
+
 def to_gpu(value: Any) -> Any:
     """Move a tensor with its storage, so that strides and what lies between rows stay."""
     if not isinstance(value, torch.Tensor):
@@ -53,7 +58,7 @@ def to_gpu(value: Any) -> Any:
 
 def gpu_arguments(kernels: CudaLineKernels, case: Case, inputs: Inputs) -> dict[str, Any]:
     """Return what `kernels.run` takes for a case, on the GPU; the workspace is NaN."""
-    arguments = {k: to_gpu(v) for k, v in make_arguments(case, inputs, "cuda").items()}
+    arguments = {k: to_gpu(v) for k, v in make_arguments(case, inputs, planner_target()).items()}
     floats = kernels.partial_floats(num_workers=case.num_workers, split=case.split)
     arguments["partials"] = torch.full((floats,), math.nan, device="cuda")
     return arguments

@@ -24,7 +24,7 @@ class Step:
     num_workers: int
     split: int
     many_rows_only: bool
-    target: Literal["cpu", "cuda"] = "cpu"
+    target: Literal["cpu", "cuda", "sm_90"] = "cpu"
 
     def lengths(self) -> dict[str, torch.Tensor]:
         """Return the arguments that are tensors of the step."""
@@ -49,7 +49,7 @@ class Step:
         return dict(
             num_qo_heads=self.group_size * self.num_kv_heads,
             num_kv_heads=self.num_kv_heads,
-            head_dim_qk=64,
+            head_dim_qk=128,
             head_dim_vo=128,
             q_dtype=torch.float32,
             kv_dtype=torch.float32,
@@ -70,7 +70,9 @@ def without_rows(plan: torch.Tensor, num_workers: int) -> torch.Tensor:
 
 
 @st.composite
-def steps(draw: st.DrawFn, max_len: int = 3000, targets: tuple[str, ...] = ("cpu", "cuda")) -> Step:
+def steps(
+    draw: st.DrawFn, max_len: int = 3000, targets: tuple[str, ...] = ("cpu", "cuda", "sm_90")
+) -> Step:
     """Draw a step of few requests."""
     count = draw(st.integers(0, 8))
     kv_lens = draw(st.lists(st.integers(0, max_len), min_size=count, max_size=count))

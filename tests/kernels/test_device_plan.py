@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cuda_modules import plan_spec
 from hypothesis import given, settings
 
 from fi_backend.kernels import device_plan as planner
+from tests.kernels.attention_cuda_case import planner_target
 from tests.kernels.plan_step import Step, steps, without_rows
 
 pytestmark = pytest.mark.gpu
@@ -32,8 +34,8 @@ def plan(cuda_module: Any) -> Plan:
         tensors = on_device(step) if lengths is None else lengths
         out = step.buffer().cuda() if buffer is None else buffer
         g = step.geometry()
-        del g["q_dtype"], g["kv_dtype"]
-        module.device_plan(out, *tensors.values(), *g.values(), enable_pdl)
+        same_types = g.pop("q_dtype") == g.pop("kv_dtype")
+        module.device_plan(out, *tensors.values(), *g.values(), same_types, enable_pdl)
         return out
 
     return launch
@@ -48,12 +50,13 @@ def make_step(qo_lens: Any, kv_lens: Any, *, group_size: int = 4, **changes: Any
         num_kv_heads=8, causal=True, window_left=-1, num_workers=132, split=0, many_rows_only=False
     )
     lens = tuple(map(int, qo_lens)), tuple(map(int, kv_lens))
-    return Step(*lens, group_size=group_size, target="cuda", **(options | changes))
+    return Step(*lens, group_size=group_size, target=planner_target(), **(options | changes))
 
 
 @given(steps(max_len=100_000, targets=("cuda",)))
 @settings(deadline=None, max_examples=300)
 def test_any_step(plan: Plan, step: Step) -> None:
+    step = replace(step, target=planner_target())
     assert torch.equal(plan(step).cpu(), step.plan())
 
 

@@ -12,10 +12,12 @@ from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_
 from tests.kernels.plan_step import Step, steps, without_rows
 
 # Of kernels for heads up to 128 wide: attention/workspace.h and attention/few_rows_shape.h.
-FEW_ROWS_LIMIT, TILE_ROWS = {"cpu": 16, "cuda": 32}, 256
-ITEM_OVERHEAD = {"cpu": 4, "cuda": 16}
+FEW_ROWS_LIMIT = {"cpu": 16, "cuda": 32, "sm_90": 32}
+TILE_ROWS = {"cpu": 256, "cuda": 256, "sm_90": 128}
+ITEM_OVERHEAD = {"cpu": 4, "cuda": 16, "sm_90": 16}
 HEADER = 16
 MAX_CHUNKS = 16
+CUT, WHOLE = 1, 2  # what the header says of a line: plan/whole_items.h
 
 
 def visible(step: Step, qo_len: int, kv_len: int, row: int) -> tuple[int, int]:
@@ -34,7 +36,7 @@ def items(step: Step, line: int) -> list[tuple[tuple[int, int, int], int]]:
         is_few = rows <= FEW_ROWS_LIMIT[step.target] and not step.many_rows_only
         if qo_len == 0 or is_few != (line == 0):
             continue
-        height = rows if is_few else TILE_ROWS
+        height = rows if is_few else TILE_ROWS[step.target]
         for head in range(step.num_kv_heads):
             for tile in range(-(-rows // height)):
                 first, last = tile * height, min(rows, (tile + 1) * height) - 1
@@ -54,6 +56,8 @@ def starts(step: Step, buffer: torch.Tensor, line: int) -> list[tuple[int, int, 
 
 def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple, int, int]]]:
     """List each worker's (item, begin, end) by cutting the line where the plan says."""
+    if buffer[14 + line] == WHOLE:
+        return [[(item, 0, tokens)] for item, tokens in items(step, line)]
     edges = starts(step, buffer, line)
     assert edges == sorted(edges), "workers are out of order"
     owned: list[list[tuple[tuple, int, int]]] = [[] for _ in range(step.num_workers)]
@@ -74,7 +78,7 @@ def test_every_item_is_covered_exactly_once(step: Step) -> None:
     buffer = step.plan()
     for line in (0, 1):
         listed = items(step, line)
-        assert buffer[14 + line] == bool(listed)
+        assert bool(buffer[14 + line]) == bool(listed)
         covered: dict[tuple, list[tuple[int, int]]] = {item: [] for item, _ in listed}
         for owned in pieces(step, buffer, line):
             for item, begin, end in owned:
@@ -118,12 +122,13 @@ def cost(step: Step, line: int, item: tuple[int, int, int], begin: int, end: int
     """Weigh a piece by its rows, as the kernels spend time."""
     qo_len, kv_len = step.qo_lens[item[0]], step.kv_lens[item[0]]
     rows = qo_len * step.group_size
+    tile_rows = TILE_ROWS[step.target]
     if line == 1:
-        rows = min(TILE_ROWS, rows - item[2] * TILE_ROWS)
+        rows = min(tile_rows, rows - item[2] * tile_rows)
     if step.causal:  # early rows of a tile do not see its last keys: half a triangle is skipped
-        last_row = item[2] * TILE_ROWS + rows - 1
+        last_row = item[2] * tile_rows + rows - 1
         _, item_end = visible(step, qo_len, kv_len, last_row // step.group_size)
-        item_begin, _ = visible(step, qo_len, kv_len, item[2] * TILE_ROWS // step.group_size)
+        item_begin, _ = visible(step, qo_len, kv_len, item[2] * tile_rows // step.group_size)
         end = min(end, item_end - item_begin - rows // step.group_size // 2)
     return max(0, end - begin) * (-(-rows // 16) + 1) / 16 + ITEM_OVERHEAD[step.target]
 
@@ -135,13 +140,15 @@ def test_work_is_balanced(step: Step) -> None:
         return
     buffer = step.plan()
     for line in (0, 1):
+        if buffer[14 + line] == WHOLE:
+            continue
         owned = pieces(step, buffer, line)
         costs = [sum(cost(step, line, *piece) for piece in of_worker) for of_worker in owned]
         active = step.num_workers
-        if step.target == "cuda":  # some get no work: see the tests below
+        if step.target != "cpu":  # some get no work: see the tests below
             active = max((w + 1 for w, of_worker in enumerate(owned) if of_worker), default=1)
         # A cut moves by at most min_piece_tokens at either side, and a causal tile is estimated.
-        slack = 2 * (128 + TILE_ROWS) * (TILE_ROWS // 16 + 1) / 16
+        slack = 2 * (128 + 256) * (256 // 16 + 1) / 16
         assert max(costs) <= sum(costs) / active + slack
 
 
@@ -171,7 +178,9 @@ def test_a_long_request_is_planned_at_once() -> None:
         (1, (131_072,), 392),
         (1, (131_072, 100), 396),
         (1, (1024,) * 4, 128),
-        (1, (1024,) * 8, 256),
+        (1, (1024,) * 8, 384),
+        (1, (1024,) * 5, 132),
+        (1, (1024,) * 10, 396),
         (1, (4096,) * 8, 384),
         (5, (4096,) * 64, 132),
         (1, (16,), 8),
@@ -194,6 +203,48 @@ def test_equal_items_that_fill_the_blocks_are_not_cut() -> None:
     assert [len(owned) for owned in pieces(step, step.plan(), 0)] == [1] * 256 + [0] * 140
     uneven = Step((1,) * 32, (1000,) * 31 + (2000,), 4, 8, True, -1, 396, 0, False, "cuda")
     assert sum(map(bool, pieces(uneven, uneven.plan(), 0))) > 256
+
+
+@given(steps(targets=("cuda", "sm_90")))
+@settings(deadline=None, max_examples=200)
+def test_whole_items_are_counted(step: Step) -> None:
+    """What is dealt whole is no worker's; blocks find it by the tiles of the requests before."""
+    buffer = step.plan()
+    assert buffer[14] != WHOLE
+    if buffer[15] != WHOLE:
+        assert step.split == 0 or buffer[15] == 0
+        return
+    assert starts(step, buffer, 1) == [(len(step.qo_lens), 0, 0, 0)] * (step.num_workers + 1)
+    requests = len(step.qo_lens)
+    tiles = buffer[HEADER + 2 * (requests + 1) :][: 2 * (requests + 1)].view(torch.int64)
+    listed = [request for (request, head, _), _ in items(step, 1) if head == 0]
+    assert tiles.tolist() == [sum(r < n for r in listed) for n in range(requests + 1)]
+
+
+@pytest.mark.parametrize(
+    ("requests", "heads", "is_whole"),
+    [
+        (((512, 512),), 8, True),  # an item for each block, of lengths up to 512
+        (((1024, 1024),), 8, True),
+        (((8192, 8192),), 8, True),
+        (((64, 4096),) * 8, 8, True),  # 128 equal items
+        (((512, 8192),) * 4, 8, True),  # 512 equal items: the last round leaves 16 blocks idle
+        (((300, 5000),) * 5, 8, False),  # 400 equal items: it leaves 128 of 132 idle
+        (((256, 32768),), 8, False),  # half as many items as blocks
+        (((4096, 4096),), 1, False),  # as many, but a few take most of the time
+        (((64, 100_000), *[(300, 300)] * 16), 8, False),  # a long one among many short ones
+    ],
+    ids=str,
+)
+def test_long_items_are_cut_where_that_saves_more_than_a_merge(
+    requests: tuple[tuple[int, int], ...], heads: int, is_whole: bool
+) -> None:
+    qo_lens, kv_lens = zip(*requests, strict=True)
+    step = Step(qo_lens, kv_lens, 4, heads, True, -1, 396, 0, True, "sm_90")
+    buffer = step.plan()
+    assert buffer[15] == (WHOLE if is_whole else CUT)
+    if not is_whole:
+        assert sum(map(bool, pieces(step, buffer, 1))) == 132
 
 
 def test_lengths_that_no_engine_means_are_empty() -> None:
@@ -291,7 +342,7 @@ def test_sizes_follow_from_capacities() -> None:
         ({"window_left": -2}, "window_left and split must be"),
         ({"plan_buffer": torch.zeros(8, dtype=torch.int32)}, "size it with plan_buffer_ints"),
         ({"plan_buffer": torch.zeros(201, dtype=torch.int32)[1:]}, "aligned to 8 bytes"),
-        ({"target": "rocm"}, 'target must be "cpu" or "cuda"; got \'rocm\''),
+        ({"target": "rocm"}, 'target must be "cpu", "cuda" or "sm_90"; got \'rocm\''),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], message: str) -> None:

@@ -24,6 +24,7 @@ DIMS = [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)]
 # code but for fp8 conversion: its tests need fewer.
 TYPES = [
     *((BF16, BF16, BF16, dims) for dims in DIMS),
+    (F16, F16, F16, (128, 128)),
     (BF16, BF16, F32, (64, 64)),
     *((q, kv, q, (64, 64)) for q in (BF16, F16) for kv in (q, *FP8) if (q, kv) != (BF16, BF16)),
     *((BF16, FP8[0], BF16, dims) for dims in DIMS[1:] if dims != (192, 128)),
@@ -37,9 +38,62 @@ def load(request: pytest.FixtureRequest) -> Load:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("num_workers", [1, 2, 7, 132])
-def test_mixed_lengths(load: Load, dtype: torch.dtype, num_workers: int) -> None:
-    check(load, replace(STEP, q_dtype=dtype, num_workers=num_workers))
+@pytest.mark.parametrize("num_workers", [1, 2, 7, 132, 400])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_mixed_lengths(load: Load, dtype: torch.dtype, num_workers: int, dim: int) -> None:
+    """One block has all the work, or some have none, or blocks work for several workers."""
+    dims = {"head_dim_qk": dim, "head_dim_vo": dim}
+    check(load, replace(STEP, q_dtype=dtype, num_workers=num_workers, **dims))
+
+
+# Rows of one warpgroup and of a block, tiles of keys, and one more or less of each.
+EDGES = ((1, 1), (64, 64), (65, 129), (128, 127), (129, 1), (257, 384), (3, 1000), (513, 513))
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 32, 48, 64, 128, 256])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_edges_of_tiles_and_pages(load: Load, page_size: int, layout: str, causal: bool) -> None:
+    case = Case(EDGES, 2, 2, 128, 128, q_dtype=BF16, num_workers=7, many_rows_only=True)
+    check(load, replace(case, page_size=page_size, layout=layout, mask=Mask(causal=causal)))
+
+
+@pytest.mark.parametrize("window_left", [0, 1, 15, 31, 62, 63, 64, 65, 127, 128, 200, 511])
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+def test_windows_that_begin_anywhere_in_a_tile(
+    load: Load, window_left: int, page_size: int
+) -> None:
+    """Tiles begin at pages, before the window and before what a worker has of an item."""
+    case = Case(((300, 700), (70, 1300)), 2, 1, 128, 128, q_dtype=BF16, num_workers=9)
+    mask = Mask(causal=True, window_left=window_left)
+    check(load, replace(case, page_size=page_size, mask=mask))
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_long_context_is_cut_among_workers(load: Load, page_size: int) -> None:
+    requests = ((64, 4096), (5, 9000), (200, 2000))
+    check(
+        load,
+        Case(
+            requests,
+            8,
+            2,
+            128,
+            128,
+            q_dtype=BF16,
+            num_workers=150,
+            page_size=page_size,
+            many_rows_only=True,
+        ),
+    )
+
+
+@pytest.mark.parametrize("num_workers", [3, 400])
+def test_whole_items_of_every_section_of_heads(load: Load, num_workers: int) -> None:
+    """K and V of two of the four heads fit the L2 cache together."""
+    requests = ((130, 20_000), (40, 300), (0, 9), (300, 50))
+    case = Case(requests, 8, 4, 128, 128, q_dtype=BF16, num_workers=num_workers)
+    check(load, replace(case, split=-1, many_rows_only=True))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (5, 1), (6, 2), (24, 1), (20, 1)])
@@ -155,8 +209,11 @@ def test_bits_do_not_depend_on_batch_mates_or_workers(load: Load, split: int) ->
     assert torch.equal(bits(alone[:300]), bits(whole[:300]))
 
 
-def test_same_bits_while_another_stream_disturbs(load: Load) -> None:
+@pytest.mark.parametrize("split", [0, -1])
+def test_same_bits_while_another_stream_disturbs(load: Load, split: int) -> None:
+    """Runs of one plan, its items cut or dealt whole, find its counters at zero."""
     case = Case(((500, 3000), (33, 40), (90, 700)), 8, 2, 128, 128, q_dtype=BF16, num_workers=132)
+    case = replace(case, split=split)
     inputs = make_inputs(case)
     kernels = load(case)
     arguments = gpu_arguments(kernels, case, inputs)

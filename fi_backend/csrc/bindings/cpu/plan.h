@@ -18,13 +18,14 @@ inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. for_cuda: the plan
 // is for the CUDA kernels, and bad lengths are empty as on a device; else they are an error.
+// allows_sm90: see cuda_limits().
 inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
                       int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim_qk,
                       int64_t head_dim_vo, bool causal, int64_t window_left, int64_t num_workers,
-                      int64_t split, bool many_rows_only, bool for_cuda) {
+                      int64_t split, bool many_rows_only, bool for_cuda, bool allows_sm90) {
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
-  const TileLimits limits = for_cuda ? cuda_limits(qk, vo) : cpu_limits(qk, vo);
+  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, allows_sm90) : cpu_limits(qk, vo);
   const WorkGeometry geometry =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
                     window_left, num_workers, split, many_rows_only, kCpu);

@@ -30,6 +30,7 @@ struct AttentionLaunch {
   int32_t num_reqs;
   int32_t num_workers;
   int64_t num_rows;        // of q
+  int64_t num_pages;       // of the caches
   int64_t partial_floats;  // in partials
   bool enable_pdl;
 };
@@ -75,7 +76,10 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
 
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const AttentionLaunch launch = {static_cast<int32_t>(kv_lens.size(0)),
-                                  static_cast<int32_t>(num_workers), q.size(0), partials.size(0),
+                                  static_cast<int32_t>(num_workers),
+                                  q.size(0),
+                                  k_cache.size(0),
+                                  partials.size(0),
                                   enable_pdl};
   check_launch(Traits::kName, Traits::launch(params, launch, current_stream(device)));
 }

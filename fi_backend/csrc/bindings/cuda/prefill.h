@@ -25,7 +25,9 @@ struct PrefillTraits {
   }
   static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
                             cudaStream_t stream) {
-    return launch_many_rows(params, launch.num_reqs, launch.num_workers, launch.enable_pdl, stream);
+    const ManyRowsLaunch many = {launch.num_reqs, launch.num_workers, launch.num_pages,
+                                 launch.enable_pdl};
+    return launch_many_rows(params, many, stream);
   }
 };
 

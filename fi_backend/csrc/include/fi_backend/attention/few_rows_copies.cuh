@@ -177,7 +177,8 @@ class FewRowsCopies {
       const Kv* row = base + places.page_id[g] * strides.page + places.offset[g] * strides.token;
       set_row(g * kWarpSize + lane(), row, count);
     }
-    copy_rows<Rows, kWarpSize>(begin_stage(), min(count, Traits::kStageTokens));
+    constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
+    copy_rows<Rows, kBlock>(begin_stage(), min(count, Traits::kStageTokens));
     end_stage([](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
   }
 
@@ -194,21 +195,35 @@ class FewRowsCopies {
     constexpr int kCopies = kBlock * Rows::kChunks / kWarpSize;  // of a block, 32 chunks each
     constexpr int kStep = kWarpSize / Rows::kChunks;
     constexpr bool kCopiesWholeRows = kStep * Rows::kChunks == kWarpSize;
-    const auto row_of = [&](int copy) { return (copy * kWarpSize + lane()) / Rows::kChunks; };
-    const auto chunk_of = [&](int copy) { return (copy * kWarpSize + lane()) % Rows::kChunks; };
-    const uint64_t* rows = shared_.copied_rows + (kCopiesWholeRows ? row_of(0) : 0);
-    const uint32_t first = Rows::offset(row_of(0), chunk_of(0));
+    // Addresses are loaded so many at a time: a copy after each load would wait for it.
+    constexpr int kInFlight = kCopiesWholeRows || kCopies < 4 ? kCopies : 4;
+    const uint64_t* rows = shared_.copied_rows;
     __syncwarp();
 #pragma unroll 1
     for (; count > 0; count -= kBlock) {
-      uint64_t from[kCopies];  // loaded at once: a copy after each load would wait for it
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) from[i] = rows[kCopiesWholeRows ? i * kStep : row_of(i)];
+      for (int first = 0; first < kCopies; first += kInFlight) {
+        // The lane. Where each copy has rows and chunks of its own, they would all be kept in
+        // registers if the compiler could know that the lane is always the same.
+        int lane = FewRowsCopies::lane();
+        if constexpr (!kCopiesWholeRows) asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+        const auto row_of = [&](int copy) { return (copy * kWarpSize + lane) / Rows::kChunks; };
+        const auto chunk_of = [&](int copy) { return (copy * kWarpSize + lane) % Rows::kChunks; };
+        uint64_t from[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const uint32_t at = kCopiesWholeRows ? Rows::skip_rows(to + first, i * kStep)
-                                             : to + Rows::offset(row_of(i), chunk_of(i));
-        ptx::cp_async_16(at, reinterpret_cast<const void*>(from[i] + chunk_of(i) * kChunkBytes));
+        for (int i = 0; i < kInFlight && first + i < kCopies; ++i) {
+          from[i] = rows[kCopiesWholeRows ? row_of(0) + i * kStep : row_of(first + i)];
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight && first + i < kCopies; ++i) {
+          const int copy = first + i;
+          uint32_t at = to + Rows::offset(row_of(copy), chunk_of(copy));
+          if constexpr (kCopiesWholeRows) {
+            at = Rows::skip_rows(to + Rows::offset(row_of(0), chunk_of(0)), i * kStep);
+          }
+          const uint64_t address = from[i] + chunk_of(copy) * kChunkBytes;
+          ptx::cp_async_16(at, reinterpret_cast<const void*>(address));
+        }
       }
       to += kBlock * Rows::kRowBytes;
       rows += kBlock;

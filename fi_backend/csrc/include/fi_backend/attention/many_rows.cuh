@@ -10,21 +10,9 @@
 #include <fi_backend/attention/many_rows_output.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/ptx/named_barrier.cuh>
+#include <fi_backend/ptx/wgmma.cuh>
 
 namespace fi {
-
-__device__ __forceinline__ WarpRange warp_range(const AttentionParams& p, const WorkGeometry& g,
-                                                const ManyRowsItem& item, int first_row,
-                                                int num_rows) {
-  const WorkPiece& piece = item.piece;
-  if (first_row >= piece.num_rows) return {{0, 0}, {0, 0}};
-  const int last_row = min(first_row + num_rows, piece.num_rows) - 1;
-  const LogitRow first = tile_row(p, g, item, first_row);
-  const LogitRow last = tile_row(p, g, item, last_row);
-  const int all_end = p.custom_mask != nullptr ? 0 : min(first.end, piece.tokens.end);
-  return {{max(first.begin, piece.tokens.begin), min(last.end, piece.tokens.end)},
-          {last.begin, all_end}};
-}
 
 template <class Traits>
 class ManyRowsWorker {
@@ -37,7 +25,7 @@ class ManyRowsWorker {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      memory_.after_next = plan().starts[kManyRows][fresh_block()];
+      memory_.walk.begin(p_, g_);
       find_item(memory_.item);
     }
     __syncthreads();
@@ -53,23 +41,10 @@ class ManyRowsWorker {
   }
 
  private:
-  __device__ __forceinline__ PlanView plan() const {
-    // Only the counters are written, and in the end are what they were.
-    return view_plan(const_cast<int32_t*>(p_.plan), g_.num_reqs, gridDim.x);
-  }
-
   // One thread finds items for all, ahead of time: that takes several dependent loads.
   __device__ __forceinline__ void find_item(ManyRowsItem& item) {
-    const LinePosition end = plan().starts[kManyRows][fresh_block() + 1];
-    item.exists =
-        next_piece(g_, kManyRows, p_.qo_indptr, p_.kv_lens, end, memory_.after_next, item.piece);
-    if (!item.exists) return;
-    const QuotRem first = divide_index(int64_t{item.piece.q_tile} * g_.tile_rows, g_.group_size);
-    item.first_token = static_cast<int32_t>(first.quot);
-    item.first_head = static_cast<int32_t>(first.rem);
-    item.scale = tile_row(p_, g_, item, 0).scale;
-    // A positive factor can wait until after the maximum is taken.
-    item.is_scale_only = make_logit_transform(p_, item.piece).is_scale_only() && item.scale > 0.f;
+    item.exists = memory_.walk.next(p_, g_, item.piece, item.holders);
+    if (item.exists) describe_item(p_, g_, item);
   }
 
   // This warp's first row in a tile, and where its rows lie.
@@ -138,7 +113,7 @@ class ManyRowsWorker {
     copy_tiles(piece, 0);
     if (threadIdx.x == 0) find_item(memory_.next_item);
     if (threadIdx.x % 32 == 0) {
-      memory_.ranges[threadIdx.x / 32] = warp_range(p_, g_, item, first_row(), Traits::kWarpRows);
+      memory_.ranges[threadIdx.x / 32] = rows_range(p_, g_, item, first_row(), Traits::kWarpRows);
     }
     rows_.clear();
   }
@@ -159,7 +134,7 @@ class ManyRowsWorker {
       if (has_tile(piece, n + 1)) copy_tiles(piece, n + 1);
       if constexpr (Traits::kIsFp8Cache) sync_group();
       const int begin = piece.tokens.begin + n * kTokens;
-      const WarpRange& range = memory_.ranges[fresh_thread() / 32];
+      const RowsRange& range = memory_.ranges[fresh_thread() / 32];
       if (begin < range.some.end && begin + kTokens > range.some.begin) {
         const uint8_t* k = Traits::kIsFp8Cache ? group().k_wide : group().k[stage];
         ScoreTile<Traits> s;
@@ -168,7 +143,11 @@ class ManyRowsWorker {
         if (begin < range.all.begin || begin + kTokens > range.all.end) {
           mask_logits<Traits>(p_, g_, item, first_row(), begin, s);
         }
-        update_softmax<Traits>(s, item.is_scale_only ? item.scale : 1.f, rows_);
+        const float scale = item.is_scale_only ? item.scale : 1.f;
+        move_maxima<Traits>(s, scale, rows_, [&](int m, int h, float factor) {
+          scale_output<Traits>(rows_.o, m, h, factor);
+        });
+        add_weights<Traits>(s, scale, rows_);
         const uint8_t* v = Traits::kIsFp8Cache ? group().v_wide : group().v[stage];
         add_values<Traits>(s, ptx::shared_address(v), rows_.o);
       }
@@ -185,20 +164,9 @@ class ManyRowsWorker {
       write_output<Traits>(p_, g_, item, first_row(), rows_, warp_rows());
       return;
     }
-    const bool is_at_tail = piece.tokens.begin == piece.item.begin;
-    write_partial<Traits>(PartialItem<Traits>(p_, fresh_block(), is_at_tail), piece.num_rows,
+    write_partial<Traits>(PartialItem<Traits>(p_, item.holders, item.holders.rank), piece.num_rows,
                           first_row(), rows_);
-    const PlanView plan = this->plan();
-    const LinePosition* starts = plan.starts[kManyRows];
-    const KvRange workers = item_workers(piece, starts, gridDim.x, fresh_block());
-    int num_parts = 0;
-    for (int w = workers.begin; w < workers.end; ++w) {
-      const KvRange part = worker_tokens(piece, starts, w);
-      num_parts += part.begin < part.end;
-    }
-    if (finish_part(plan.finished[kManyRows] + workers.begin, num_parts, &memory_.is_last_holder)) {
-      merge_parts<Traits>(p_, g_, item, starts, workers);
-    }
+    end_part<Traits>(p_, g_, item, &memory_.is_last_holder, [] { __syncthreads(); });
   }
 
   const AttentionParams& p_;
@@ -211,10 +179,13 @@ class ManyRowsWorker {
 template <class Traits>
 __global__ void __launch_bounds__(kManyRowsThreads, 1)
     many_rows_kernel(const __grid_constant__ AttentionParams p) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
   ptx::grid_dependency_wait();
-  auto& memory = *reinterpret_cast<ManyRowsMemory<Traits>*>(shared_memory);
-  ManyRowsWorker<Traits>(p, memory).run();
+  // Code for sm_90a that nothing would run is not worth its compile time.
+  if constexpr (!(FI_HAS_WGMMA && Traits::kHasSm90)) {
+    extern __shared__ __align__(128) uint8_t shared_memory[];
+    auto& memory = *reinterpret_cast<ManyRowsMemory<Traits>*>(shared_memory);
+    ManyRowsWorker<Traits>(p, memory).run();
+  }
   ptx::grid_dependency_launch();
 }
 

@@ -1,9 +1,10 @@
-// Choose the tile of the many-row kernel for the device, and launch it.
+// Choose the many-row kernel for the device, and launch it.
 #pragma once
 
 #include <fi_backend/attention/many_rows_launch.h>
 
 #include <fi_backend/attention/many_rows.cuh>
+#include <fi_backend/attention/many_rows_sm90_launch.cuh>
 #include <fi_backend/common/launch.cuh>
 
 namespace fi {
@@ -56,14 +57,21 @@ struct ManyRowsKernels {
     return cudaSuccess;
   }
 
-  static cudaError_t run(const AttentionParams& params, int32_t num_reqs, int32_t num_workers,
-                         bool enable_pdl, cudaStream_t stream) {
-    if (num_reqs == 0) return cudaSuccess;
+  static cudaError_t run(const AttentionParams& params, const ManyRowsLaunch& l,
+                         cudaStream_t stream) {
+    if (l.num_reqs == 0) return cudaSuccess;
+    if constexpr (kHasSm90Kernel<Q, Kv, kHeadDimQk, kHeadDimVo>) {
+      using Sm90 = ManyRowsSm90Kernel<Sm90Traits<Q, Out, kHeadDimQk, kHeadDimVo>>;
+      int num_sms = 0;
+      const cudaError_t error = Sm90::prepare(num_sms);
+      if (error != cudaSuccess) return error;
+      if (num_sms > 0) return Sm90::run(params, l, num_sms, stream);
+    }
     Choice choice;
     const cudaError_t error = choose(choice);
     if (error != cudaSuccess) return error;
-    return launch(choice.kernel, num_workers, dim3(kManyRowsThreads), choice.shared_bytes, stream,
-                  enable_pdl, params);
+    return launch(choice.kernel, l.num_workers, dim3(kManyRowsThreads), choice.shared_bytes, stream,
+                  l.enable_pdl, params);
   }
 };
 

@@ -6,8 +6,16 @@
 
 namespace fi {
 
-// Run the many-row line of a plan of num_reqs requests and num_workers workers.
-cudaError_t launch_many_rows(const AttentionParams& params, int32_t num_reqs, int32_t num_workers,
-                             bool enable_pdl, cudaStream_t stream);
+// What the host knows of a step besides the params.
+struct ManyRowsLaunch {
+  int32_t num_reqs;     // as planned
+  int32_t num_workers;  // as planned
+  int64_t num_pages;    // of the caches
+  bool enable_pdl;
+};
+
+// Run the many-row line of a plan.
+cudaError_t launch_many_rows(const AttentionParams& params, const ManyRowsLaunch& launch,
+                             cudaStream_t stream);
 
 }  // namespace fi

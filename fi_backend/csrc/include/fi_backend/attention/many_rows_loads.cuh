@@ -30,6 +30,31 @@ __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const Wor
   return r;
 }
 
+// Fill in what follows from an item's piece.
+__device__ __forceinline__ void describe_item(const AttentionParams& p, const WorkGeometry& g,
+                                              ManyRowsItem& item) {
+  const QuotRem first = divide_index(int64_t{item.piece.q_tile} * g.tile_rows, g.group_size);
+  item.first_token = static_cast<int32_t>(first.quot);
+  item.first_head = static_cast<int32_t>(first.rem);
+  item.scale = tile_row(p, g, item, 0).scale;
+  // A positive factor can wait until after the maximum is taken.
+  item.is_scale_only = make_logit_transform(p, item.piece).is_scale_only() && item.scale > 0.f;
+}
+
+// The tokens of an item's piece that rows [first_row, first_row + num_rows) of its tile see.
+__device__ __forceinline__ RowsRange rows_range(const AttentionParams& p, const WorkGeometry& g,
+                                                const ManyRowsItem& item, int first_row,
+                                                int num_rows) {
+  const WorkPiece& piece = item.piece;
+  if (first_row >= piece.num_rows) return {{0, 0}, {0, 0}};
+  const int last_row = min(first_row + num_rows, piece.num_rows) - 1;
+  const LogitRow first = tile_row(p, g, item, first_row);
+  const LogitRow last = tile_row(p, g, item, last_row);
+  const int all_end = p.custom_mask != nullptr ? 0 : min(first.end, piece.tokens.end);
+  return {{max(first.begin, piece.tokens.begin), min(last.end, piece.tokens.end)},
+          {max(last.begin, piece.tokens.begin), all_end}};
+}
+
 // Start copying this warp's query rows; those that do not exist become zeros. first_row: of the
 // warp, in the tile.
 template <class Traits>

@@ -64,13 +64,18 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Wor
   __syncwarp();
   const int reader = fresh_thread() % 32;
   constexpr int kWords = Rows::kRowBytes / int(sizeof(uint2));  // rows are aligned to them
+  // Each lane knows where one row goes; those that do not exist go where the last one does.
+  static_assert(Traits::kWarpRows <= 32, "a row for each lane");
+  const int num_rows = item.piece.num_rows - first_row;
+  const LogitRow row = tile_row(p, g, item, first_row + min(reader, max(num_rows, 1) - 1));
+  const auto row_address = reinterpret_cast<unsigned long long>(output_row<Traits>(p, item, row));
 #pragma unroll 4
   for (int n = reader; n < Traits::kWarpRows * kWords; n += 32) {
     const int i = n / kWords, word = n % kWords;
-    if (first_row + i >= item.piece.num_rows) break;
-    const LogitRow row = tile_row(p, g, item, first_row + i);
-    reinterpret_cast<uint2*>(output_row<Traits>(p, item, row))[word] =
-        *reinterpret_cast<const uint2*>(buffer + Rows::offset(i, word / 2) + word % 2 * 8);
+    const auto to = reinterpret_cast<uint2*>(__shfl_sync(kFullWarp, row_address, i));
+    if (i < num_rows) {
+      to[word] = *reinterpret_cast<const uint2*>(buffer + Rows::offset(i, word / 2) + word % 2 * 8);
+    }
   }
 }
 
@@ -79,9 +84,11 @@ template <class Traits>
 struct PartialItem {
   float* values;
 
-  __device__ __forceinline__ PartialItem(const AttentionParams& p, int worker, bool is_at_tail) {
+  // Of part `rank`. A worker begins inside of one item at most, and ends inside of one.
+  __device__ __forceinline__ PartialItem(const AttentionParams& p, const ItemHolders& holders,
+                                         int rank) {
     constexpr ManyRowsPartials kPartials = {Traits::kTileRows, Traits::kVo};
-    values = p.partials + kPartials.offset(worker, is_at_tail ? 1 : 0);
+    values = p.partials + kPartials.offset(holders.first + rank, rank == 0 ? 1 : 0);
   }
 
   __device__ __forceinline__ float* row(int i) const { return values + i * Traits::kVo; }
@@ -110,61 +117,76 @@ __device__ __forceinline__ void write_partial(const PartialItem<Traits>& to, int
   }
 }
 
-// Count this part of an item as written, by all threads of the CTA. True in the CTA that finishes
-// the item: it then sees every part. `is_last` is in shared memory.
-__device__ __forceinline__ bool finish_part(int32_t* finished, int num_parts, bool* is_last) {
+// Count this part of an item as written, by the threads of a CTA that wrote it; sync() waits for
+// them. True in the CTA that finishes the item: it then sees every part. `is_last` is in shared
+// memory.
+template <class Sync>
+__device__ __forceinline__ bool finish_part(int32_t* finished, int num_parts, bool* is_last,
+                                            const Sync& sync) {
   __threadfence();
-  __syncthreads();
+  sync();
   if (threadIdx.x == 0) {
     *is_last = atomicAdd(finished, 1) + 1 == num_parts;
     if (*is_last) *finished = 0;
   }
-  __syncthreads();
+  sync();
   __threadfence();
   return *is_last;
+}
+
+// Add part `other` of a row, of which x are some values, to what there is.
+__device__ __forceinline__ void merge_row(float2& state, float4& o, const float2& other,
+                                          const float4& x) {
+  const float max = fmaxf(state.x, other.x);
+  const bool is_empty = max == minus_infinity();
+  const float mine = is_empty ? 0.f : ptx::exp2_approx(state.x - max);
+  const float theirs = is_empty ? 0.f : ptx::exp2_approx(other.x - max);
+  o.x = o.x * mine + x.x * theirs;
+  o.y = o.y * mine + x.y * theirs;
+  o.z = o.z * mine + x.z * theirs;
+  o.w = o.w * mine + x.w * theirs;
+  state = make_float2(max, state.y * mine + other.y * theirs);
 }
 
 // Merge the parts of an item in the order of their tokens, whoever computed them, and write it.
 // Other CTAs wrote the parts: loads go past L1, which may hold what was there before.
 template <class Traits>
 __device__ __forceinline__ void merge_parts(const AttentionParams& p, const WorkGeometry& g,
-                                            const ManyRowsItem& item, const LinePosition* starts,
-                                            const KvRange& workers) {
+                                            const ManyRowsItem& item) {
   constexpr int kVecs = Traits::kVo / 4;
-  constexpr int kInFlight = 4;  // loads that cover each other's latency
+  // Loads that cover each other's latency: of neighbouring rows, and of parts of one.
+  constexpr int kRows = 4, kParts = 2;
+  const ItemHolders& holders = item.holders;
   const int count = item.piece.num_rows * kVecs;
-  for (int first = threadIdx.x; first < count; first += kInFlight * kManyRowsThreads) {
-    float4 o[kInFlight] = {};
-    float2 state[kInFlight];  // maximum and sum
+#pragma unroll 1
+  for (int first = threadIdx.x; first < count; first += kRows * kManyRowsThreads) {
+    float4 o[kRows] = {};
+    float2 state[kRows];  // maximum and sum
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) state[i] = make_float2(minus_infinity(), 0.f);
-    for (int w = workers.begin; w < workers.end; ++w) {
-      const KvRange part = worker_tokens(item.piece, starts, w);
-      if (part.begin >= part.end) continue;
-      const PartialItem<Traits> partial(p, w, part.begin == item.piece.item.begin);
-      float4 x[kInFlight];
-      float2 other[kInFlight];
+    for (int i = 0; i < kRows; ++i) state[i] = make_float2(minus_infinity(), 0.f);
+#pragma unroll 1
+    for (int begin = 0; begin < holders.count; begin += kParts) {
+      float4 x[kParts][kRows];
+      float2 others[kParts][kRows];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int n = min(first + i * kManyRowsThreads, count - 1);
-        other[i] = __ldcg(partial.max_and_sum(n / kVecs));
-        x[i] = __ldcg(reinterpret_cast<const float4*>(partial.row(n / kVecs)) + n % kVecs);
+      for (int k = 0; k < kParts; ++k) {  // the last one again where there are no more
+        const PartialItem<Traits> part(p, holders, min(begin + k, holders.count - 1));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int n = min(first + i * kManyRowsThreads, count - 1);
+          others[k][i] = __ldcg(part.max_and_sum(n / kVecs));
+          x[k][i] = __ldcg(reinterpret_cast<const float4*>(part.row(n / kVecs)) + n % kVecs);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const float max = fmaxf(state[i].x, other[i].x);
-        const bool is_empty = max == minus_infinity();
-        const float mine = is_empty ? 0.f : ptx::exp2_approx(state[i].x - max);
-        const float theirs = is_empty ? 0.f : ptx::exp2_approx(other[i].x - max);
-        o[i].x = o[i].x * mine + x[i].x * theirs;
-        o[i].y = o[i].y * mine + x[i].y * theirs;
-        o[i].z = o[i].z * mine + x[i].z * theirs;
-        o[i].w = o[i].w * mine + x[i].w * theirs;
-        state[i] = make_float2(max, state[i].y * mine + other[i].y * theirs);
+      for (int k = 0; k < kParts; ++k) {
+        if (begin + k >= holders.count) break;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) merge_row(state[i], o[i], others[k][i], x[k][i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int n = first + i * kManyRowsThreads;
       if (n >= count) break;
       const LogitRow row = tile_row(p, g, item, n / kVecs);
@@ -175,6 +197,16 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
       store_pair(to + 2, o[i].z * result.factor, o[i].w * result.factor);
     }
   }
+}
+
+// Count a written part of an item that several workers hold, and merge all if it is the last one.
+template <class Traits, class Sync>
+__device__ __forceinline__ void end_part(const AttentionParams& p, const WorkGeometry& g,
+                                         const ManyRowsItem& item, bool* is_last,
+                                         const Sync& sync) {
+  const ItemHolders& holders = item.holders;
+  int32_t* finished = ManyRowsWalk::plan_of(p, g).finished[kManyRows] + holders.first;
+  if (finish_part(finished, holders.count, is_last, sync)) merge_parts<Traits>(p, g, item);
 }
 
 }  // namespace fi

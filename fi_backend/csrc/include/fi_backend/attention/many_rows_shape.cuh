@@ -2,8 +2,8 @@
 #pragma once
 
 #include <fi_backend/attention/many_rows_shape.h>
-#include <fi_backend/plan/work_pieces.h>
 
+#include <fi_backend/attention/many_rows_walk.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
 #include <fi_backend/common/dtypes.cuh>
 
@@ -12,6 +12,11 @@ namespace fi {
 inline constexpr int kManyRowsWarps = 8;
 inline constexpr int kManyRowsThreads = kManyRowsWarps * 32;
 inline constexpr int kTileStages = 2;  // one tile is computed on while the next one arrives
+
+// True where many_rows_sm90.cuh takes the place of this kernel on sm_90a. fp8 caches have yet to be
+// widened there.
+template <class Q, class Kv, int kQk, int kVo>
+inline constexpr bool kHasSm90Kernel = kIsSame<Q, Kv> && has_sm90_head_dims(kQk, kVo);
 
 // threadIdx.x, read anew: what follows from it is computed where it is used. Left to itself the
 // compiler keeps dozens of addresses in registers through a loop that has none to spare.
@@ -49,6 +54,8 @@ struct ManyRowsTraits {
   static constexpr int kWarpRows = kTileRows / kManyRowsWarps;
   static constexpr int kRowBlocks = kWarpRows / 16;  // an mma has 16 rows
   static constexpr bool kIsFp8Cache = kIsFp8<Kv>;
+  static constexpr bool kTilesBeginEarly = false;  // before the piece that they are of
+  static constexpr bool kHasSm90 = kHasSm90Kernel<Q, Kv, kQk, kVo>;
   static_assert(kWarpRows % 16 == 0 && kTokens % 16 == 0, "a warp computes in blocks of 16");
   static_assert(kQk % 16 == 0 && kVo % 16 == 0, "head dims must be multiples of 16");
   static_assert(kIsSame<Q, Kv> || kIsFp8Cache, "the cache has q's type or fp8");
@@ -65,8 +72,8 @@ struct RowOffsets {
   int64_t v;
 };
 
-// The tokens of a piece that some of a warp's rows see, and those that all of them do.
-struct WarpRange {
+// The tokens of a piece that some of a set of rows see, and those that all of them do.
+struct RowsRange {
   KvRange some;
   KvRange all;
 };
@@ -79,6 +86,7 @@ struct ManyRowsItem {
   float scale;          // from q . k to a base-2 logit
   bool is_scale_only;   // which is all there is to it, and the scale is positive
   bool exists;
+  ItemHolders holders;  // of the item, unless the piece is the whole item
 };
 
 template <class Traits>
@@ -104,8 +112,8 @@ struct alignas(128) ManyRowsMemory {
   // What describes the work lies here, because registers are full of scores and outputs.
   ManyRowsItem item;
   ManyRowsItem next_item;
-  LinePosition after_next;  // where the item after them begins
-  WarpRange ranges[kManyRowsWarps];
+  ManyRowsWalk walk;  // to the items after them
+  RowsRange ranges[kManyRowsWarps];
   bool is_last_holder;
 };
 

@@ -5,6 +5,16 @@
 
 namespace fi {
 
+// Packed rows per query tile where many_rows_sm90.cuh computes the many-row line: as many as a
+// block of it has in work.
+constexpr int kSm90TileRows = 128;
+
+// Head sizes that it is made for.
+constexpr bool has_sm90_head_dims(int qk, int vo) {
+  return vo <= qk && (qk == 64 || qk == 96 || qk == 128 || qk == 192 || qk == 256) &&
+         (vo == 64 || vo == 96 || vo == 128 || vo == 192 || vo == 256);
+}
+
 // A worker holds parts of two items at most: one it takes over at the head of its share of the line
 // (end 0), and one it leaves unfinished at the tail (end 1). The state of a part is values
 // [tile rows, head_dim_vo], not normalised, then (maximum logit, sum of weights) per row.

@@ -107,11 +107,16 @@ __device__ __forceinline__ void mask_logits(const AttentionParams& p, const Work
                                             const ManyRowsItem& item, int first_row,
                                             int first_token, ScoreTile<Traits>& s) {
   const int token = lane_token(first_token);
-  const int end = item.piece.tokens.end - token;
+  const KvRange& tokens = item.piece.tokens;
+  const int end = tokens.end - token;
+  const auto is_outside = [&](int distance) {
+    return distance >= end || (Traits::kTilesBeginEarly && distance < tokens.begin - token);
+  };
   if (p.custom_mask == nullptr) {
     for_each_score<Traits>(
         p, g, item, first_row, s, [&](const LogitRow& row, int distance, float& x) {
-          if (distance < row.begin - token || distance >= min(row.end - token, end)) {
+          const int begin = Traits::kTilesBeginEarly ? max(row.begin, tokens.begin) : row.begin;
+          if (distance < begin - token || distance >= min(row.end - token, end)) {
             x = minus_infinity();
           }
         });
@@ -120,15 +125,18 @@ __device__ __forceinline__ void mask_logits(const AttentionParams& p, const Work
   const LogitTransform mask = make_logit_transform(p, item.piece);
   for_each_score<Traits>(p, g, item, first_row, s,
                          [&](const LogitRow& row, int distance, float& x) {
-                           if (distance >= end || !mask.sees(row, token + distance))
+                           if (is_outside(distance) || !mask.sees(row, token + distance)) {
                              x = minus_infinity();
+                           }
                          });
 }
 
-// Turn s, times a positive scale the base-2 logits of a tile, into weights and update the rows.
-template <class Traits>
-__device__ __forceinline__ void update_softmax(ScoreTile<Traits>& s, float scale,
-                                               RowStates<Traits>& rows) {
+// Move the maxima of rows whose logits in s, times a positive scale, are far above. For each row of
+// a warp where any moves, on_move(m, h, factor) gets what turns weights under the old maximum into
+// weights under the new one. Returns whether it was called.
+template <class Traits, class Fn>
+__device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float scale,
+                                            RowStates<Traits>& rows, const Fn& on_move) {
   constexpr int kColumns = Traits::kTokens / 8;
   float top[Traits::kRowBlocks][2];
   bool grows = false;
@@ -147,25 +155,38 @@ __device__ __forceinline__ void update_softmax(ScoreTile<Traits>& s, float scale
       grows |= top[m][h] > rows.max[m][h] + kMaxSlack;
     }
   }
-  if (__any_sync(kFullWarp, grows)) {
+  if (!__any_sync(kFullWarp, grows)) return false;
 #pragma unroll
-    for (int m = 0; m < Traits::kRowBlocks; ++m) {
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float old_max = rows.max[m][h];
-        const float new_max = fmaxf(old_max, top[m][h]);
-        // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
-        const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);
-        rows.max[m][h] = new_max;
-        rows.sum[m][h] *= factor;
-#pragma unroll
-        for (int j = 0; j < Traits::kVo / 8; ++j) {
-          rows.o[m][j][2 * h] *= factor;
-          rows.o[m][j][2 * h + 1] *= factor;
-        }
-      }
+    for (int h = 0; h < 2; ++h) {
+      const float old_max = rows.max[m][h];
+      const float new_max = fmaxf(old_max, top[m][h]);
+      // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
+      const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);
+      rows.max[m][h] = new_max;
+      rows.sum[m][h] *= factor;
+      on_move(m, h, factor);
     }
   }
+  return true;
+}
+
+// Scale the output of rows m, h of a lane.
+template <class Traits>
+__device__ __forceinline__ void scale_output(OutputTile<Traits>& o, int m, int h, float factor) {
+#pragma unroll
+  for (int j = 0; j < Traits::kVo / 8; ++j) {
+    o[m][j][2 * h] *= factor;
+    o[m][j][2 * h + 1] *= factor;
+  }
+}
+
+// Turn s, times the scale the logits of a tile, into weights under the rows' maxima, and add them
+// to the rows' sums.
+template <class Traits>
+__device__ __forceinline__ void add_weights(ScoreTile<Traits>& s, float scale,
+                                            RowStates<Traits>& rows) {
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
@@ -174,7 +195,7 @@ __device__ __forceinline__ void update_softmax(ScoreTile<Traits>& s, float scale
       const float base = max == minus_infinity() ? 0.f : -max;
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
+      for (int j = 0; j < Traits::kTokens / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[m][j][2 * h + e];

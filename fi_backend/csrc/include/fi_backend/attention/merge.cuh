@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const StateStrides& out = p.out_strides;
   ptx::grid_dependency_wait();
 
-  const auto [row, head] = head_tile_position(p.num_heads);
+  const auto [row, head] = head_tile_position();
   const bool is_wanted =
       row < p.num_rows && head < p.num_heads && (p.mask == nullptr || p.mask[row] != 0);
   float lse_max = 0.f, weight_sum = 0.f;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const StateStrides& out = p.out_strides;
   ptx::grid_dependency_wait();
 
-  const auto [row, head] = head_tile_position(p.num_heads);
+  const auto [row, head] = head_tile_position();
   if (row >= p.num_rows || head >= p.num_heads) return;
   const float* lse = p.lse + row * in.lse_row + head * in.lse_head;
   float lse_max = empty_lse();

@@ -19,6 +19,8 @@ struct PlanMemory {
   int64_t warp_cost[kWarpSize];      // cost of the requests of each warp
   int32_t warp_items[kWarpSize];     // those of them that are in the line
   uint32_t warp_largest[kWarpSize];  // cost of one of them
+  int64_t warp_tiles[kWarpSize];     // their query tiles,
+  int64_t warp_longest[kWarpSize];   // and the cost of one of these
   // prefix_cost of every sample_stride-th request: most of a search stays in shared memory.
   static constexpr int kMaxSamples = 1024;
   int64_t samples[kMaxSamples + 1];
@@ -45,6 +47,35 @@ __device__ __forceinline__ int64_t scan_over_warp(int64_t x, int lane) {
   return x;
 }
 
+__device__ __forceinline__ int64_t max_over_warp(int64_t x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x = max64(x, __shfl_xor_sync(kFullWarp, x, offset));
+  }
+  return x;
+}
+
+// Count the query tiles of the requests before each one. All threads call this.
+__device__ __forceinline__ void count_tiles(const DevicePlanParams& p, PlanMemory& memory,
+                                            int64_t* tiles_before) {
+  const WorkGeometry& g = p.geometry;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize;
+  int64_t before = 0;
+  for (int32_t first = 0; first < g.num_reqs; first += blockDim.x) {
+    const int32_t r = first + int32_t(threadIdx.x);
+    const int32_t qo_len = request_span(p.qo_indptr, p.kv_lens, g.num_reqs, r).qo_len;
+    const int64_t through = scan_over_warp(num_q_tiles(g, kManyRows, qo_len), lane);
+    if (lane == kWarpSize - 1) memory.warp_tiles[warp] = through;
+    __syncthreads();
+    const int64_t of_lane = lane < num_warps ? memory.warp_tiles[lane] : 0;
+    const int64_t of_warps = sum_over_warp(lane < warp ? of_lane : 0);
+    if (r < g.num_reqs) tiles_before[r + 1] = before + of_warps + through;
+    before += sum_over_warp(of_lane);
+    __syncthreads();
+  }
+}
+
 template <int kLine>
 __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory& memory) {
   const WorkGeometry& g = p.geometry;
@@ -64,6 +95,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   int64_t of_warp = 0;
   int32_t items = 0;  // of this lane, one for all heads
   uint32_t largest = 0;
+  ItemsLoad whole = {0, 0, 0};
   const int32_t num_rows = p.qo_indptr[g.num_reqs];
   RequestSpan span = load_span(begin + lane);
   for (int32_t first = begin; first < end; first += kWarpSize) {
@@ -73,6 +105,10 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
     largest = max(largest, clamp_cost(cost));
     items += num_q_tiles(g, kLine, span.qo_len) > 0;
+    if constexpr (kLine == kManyRows) {
+      whole.num_items += num_q_tiles(g, kLine, span.qo_len);
+      whole.longest = max64(whole.longest, longest_item(g, {span.qo_len, span.kv_len}));
+    }
     // The last round's stay in registers.
     if (first + kWarpSize < end) prefix[first + lane + 1] = through;
     span = upcoming;
@@ -84,14 +120,30 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     memory.warp_items[warp] = items;
     memory.warp_largest[warp] = largest;
   }
+  if constexpr (kLine == kManyRows) {
+    whole.num_items = sum_over_warp(whole.num_items);
+    whole.longest = max_over_warp(whole.longest);
+    if (lane == 0) {
+      memory.warp_tiles[warp] = whole.num_items;
+      memory.warp_longest[warp] = whole.longest;
+    }
+  }
   __syncthreads();
   const int64_t of_lane = lane < num_warps ? memory.warp_cost[lane] : 0;
-  const int64_t total = sum_over_warp(of_lane);
+  int64_t total = sum_over_warp(of_lane);
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
   items = __reduce_add_sync(kFullWarp, lane < num_warps ? memory.warp_items[lane] : 0);
   largest = __reduce_max_sync(kFullWarp, lane < num_warps ? memory.warp_largest[lane] : 0u);
   const LineLoad load = {items, total, largest, num_rows};
   const int32_t active = active_workers(g, kLine, load);
+  int32_t has_work = total > 0 ? kCutLine : kNoWork;
+  if constexpr (kLine == kManyRows) {
+    whole.cost = total;
+    whole.num_items = sum_over_warp(lane < num_warps ? memory.warp_tiles[lane] : 0);
+    whole.num_items *= g.num_kv_heads;
+    whole.longest = max_over_warp(lane < num_warps ? memory.warp_longest[lane] : 0);
+    if (deals_whole_items(g, whole)) has_work = kWholeItems;
+  }
 
   // Add what other warps have before.
   const int32_t sample_stride = g.num_reqs / PlanMemory::kMaxSamples + 1;
@@ -105,10 +157,14 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   if (threadIdx.x == 0) {
     prefix[0] = 0;
     memory.samples[0] = 0;
-    plan.has_work[kLine] = total > 0;
+    plan.has_work[kLine] = has_work;
     if (kLine == kFewRows) *plan.geometry = g;
   }
   __syncthreads();
+  if (has_work == kWholeItems) {
+    count_tiles(p, memory, prefix);
+    total = 0;  // to be cut
+  }
 
   // Find where workers begin.
   const bool keeps_starts = g.num_workers < CutMemory::kMaxStarts;

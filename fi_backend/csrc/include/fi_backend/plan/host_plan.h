@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fi_backend/plan/item_cuts.h>
+#include <fi_backend/plan/whole_items.h>
 
 namespace fi {
 
@@ -15,15 +16,29 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
     LineLoad load = {0, 0, 0, qo_indptr[geometry.num_reqs]};
+    ItemsLoad items = {0, 0, 0};
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
       const int64_t cost = request_cost(geometry, line, lens);
       prefix[r + 1] = prefix[r] + cost;
       load.num_requests += num_q_tiles(geometry, line, lens.qo_len) > 0;
       if (clamp_cost(cost) > load.largest) load.largest = clamp_cost(cost);
+      if (line == kManyRows) {
+        items.num_items +=
+            int64_t{num_q_tiles(geometry, line, lens.qo_len)} * geometry.num_kv_heads;
+        items.longest = max64(items.longest, longest_item(geometry, lens));
+      }
     }
-    const int64_t total = load.cost = prefix[geometry.num_reqs];
-    plan.has_work[line] = total > 0;
+    int64_t total = items.cost = load.cost = prefix[geometry.num_reqs];
+    plan.has_work[line] = total > 0 ? kCutLine : kNoWork;
+    if (line == kManyRows && deals_whole_items(geometry, items)) {
+      plan.has_work[line] = kWholeItems;
+      total = 0;  // to be cut
+      for (int32_t r = 0; r < geometry.num_reqs; ++r) {
+        const int32_t qo_len = request_lens(qo_indptr, kv_lens, r).qo_len;
+        prefix[r + 1] = prefix[r] + num_q_tiles(geometry, line, qo_len);
+      }
+    }
     const int32_t active = active_workers(geometry, line, load);
     for (int32_t w = 0; w <= geometry.num_workers; ++w) {
       plan.finished[line][w] = 0;

@@ -34,8 +34,9 @@ FI_HOST_DEVICE int64_t longest_item(const WorkGeometry& g, const RequestLens& le
 // True if all items are dealt whole: they cannot be cut, or that takes little longer than equal
 // parts would.
 FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& load) {
-  constexpr int kMergeTokens = 640;  // keys in the time it takes to write parts and merge them
-  if (g.blocks_per_sm == 0 || load.num_items == 0) return false;
+  constexpr int kMergeTokens = 640;   // keys in the time it takes to write parts and merge them
+  constexpr int kMaxItems = 1 << 30;  // for short divisions when they are dealt
+  if (g.blocks_per_sm == 0 || load.num_items == 0 || load.num_items > kMaxItems) return false;
   if (g.split != 0) return true;
   const int64_t workers = active_workers(g, kManyRows, {});
   const int64_t share = divide_index(load.cost, workers).quot;
@@ -44,26 +45,31 @@ FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& lo
   // Costs of one request grow evenly, and the shortest items come last; those of several lengths
   // come in any order.
   const int64_t shortest = 2 * mean - load.longest;
-  const int64_t tail = shortest >= 0 ? divide_index(shortest * (workers - in_last_round), workers).quot
-                                     : load.longest / 2;
+  const int64_t tail = shortest >= 0
+                           ? divide_index(shortest * (workers - in_last_round), workers).quot
+                           : load.longest / 2;
   const int64_t parts = share + share / 16 + kMergeTokens / kCostTokens * unit_cost(g.tile_rows);
   return max64(load.longest, share + tail) <= parts;
 }
+
+FI_HOST_DEVICE uint32_t ceil_div32(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 // Item `index` of a request, in the order in which whole items are dealt: kv heads whose keys and
 // values fit the L2 cache together, and among these the last tiles, which see most under a causal
 // mask, of all heads first.
 FI_HOST_DEVICE LinePosition whole_item(const WorkGeometry& g, int32_t request, int32_t kv_len,
-                                       int64_t num_tiles, int64_t index) {
-  const int64_t num_heads = g.num_kv_heads;
-  const int64_t num_sections =
-      min64(num_heads, max64(1, ceil_div64(num_heads * kv_len, g.section_tokens)));
-  const int64_t section_heads = ceil_div64(num_heads, num_sections);
-  const QuotRem section = divide_index(index, section_heads * num_tiles);
-  const int64_t first_head = section.quot * section_heads;
-  const QuotRem tile = divide_index(section.rem, min64(section_heads, num_heads - first_head));
-  return {request, static_cast<int32_t>(first_head + tile.rem),
-          static_cast<int32_t>(num_tiles - 1 - tile.quot), 0};
+                                       uint32_t num_tiles, uint32_t index) {
+  const uint32_t num_heads = g.num_kv_heads;
+  const uint32_t fitting = uint32_t(g.section_tokens) / (kv_len > 0 ? kv_len : 1);
+  const uint32_t num_sections = fitting < 1 ? num_heads : ceil_div32(num_heads, fitting);
+  const uint32_t section_heads = ceil_div32(num_heads, num_sections);
+  const uint32_t section = index / (section_heads * num_tiles);
+  const uint32_t in_section = index % (section_heads * num_tiles);
+  const uint32_t first_head = section * section_heads;
+  const uint32_t rest = num_heads - first_head;
+  const uint32_t heads = section_heads < rest ? section_heads : rest;
+  return {request, static_cast<int32_t>(first_head + in_section % heads),
+          static_cast<int32_t>(num_tiles - 1 - in_section / heads), 0};
 }
 
 }  // namespace fi

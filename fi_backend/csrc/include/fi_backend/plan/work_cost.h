@@ -107,6 +107,10 @@ FI_HOST_DEVICE HeadCost make_head_cost(const WorkGeometry& g, int line, int32_t 
 }
 
 FI_HOST_DEVICE int64_t request_cost(const WorkGeometry& g, int line, const RequestLens& lens) {
+  if (line == kFewRows) {
+    const bool is_in_line = num_q_tiles(g, line, lens.qo_len) > 0;
+    return is_in_line ? item_cost(g, line, lens.qo_len, lens.kv_len, 0) * g.num_kv_heads : 0;
+  }
   return make_head_cost(g, line, lens.qo_len, lens.kv_len).all() * g.num_kv_heads;
 }
 

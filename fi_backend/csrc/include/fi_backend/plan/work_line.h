@@ -118,9 +118,31 @@ FI_HOST_DEVICE LinePosition next_item(const WorkGeometry& g, int32_t num_tiles,
   return {at.request + 1, 0, 0, 0};
 }
 
+// Move the place of an item to the legal cut nearest to a wished one.
+FI_HOST_DEVICE LinePosition cut_item(const WorkGeometry& g, int line, int32_t num_tiles,
+                                     int32_t num_tokens, int64_t wish, LinePosition at) {
+  at.kv_offset = legal_cut(g, line, num_tokens, min64(wish, num_tokens));
+  return num_tokens > 0 && at.kv_offset == num_tokens ? next_item(g, num_tiles, at) : at;
+}
+
+// Find the place of a cost inside a few-row request, moved to a legal cut. Every piece of an item
+// has its share of what an item costs besides its keys.
+FI_HOST_DEVICE LinePosition locate_few_rows(const WorkGeometry& g, int32_t request,
+                                            const RequestLens& lens, int64_t cost) {
+  const int64_t item = max64(1, item_cost(g, kFewRows, lens.qo_len, lens.kv_len, 0));
+  const QuotRem in_head = divide_index(cost, item);
+  const KvRange tokens = item_tokens(g, kFewRows, lens.qo_len, lens.kv_len, 0);
+  const int32_t num_tokens = tokens.end - tokens.begin;
+  const int64_t units = (int64_t{num_tokens} + kCostTokens - 1) / kCostTokens;
+  const int64_t wish = divide_index(in_head.rem * units, item).quot * kCostTokens;
+  const LinePosition at = {request, static_cast<int32_t>(in_head.quot), 0, 0};
+  return cut_item(g, kFewRows, 1, num_tokens, wish, at);
+}
+
 // Find the place of a cost inside a request, moved to a legal cut. Places grow with costs.
 FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t request,
                                    const RequestLens& lens, int64_t cost) {
+  if (line == kFewRows) return locate_few_rows(g, request, lens, cost);
   const HeadCost head = make_head_cost(g, line, lens.qo_len, lens.kv_len);
   const QuotRem in_head = divide_index(cost, max64(1, head.all()));
   LinePosition at{request, static_cast<int32_t>(in_head.quot), 0, 0};
@@ -135,17 +157,10 @@ FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t requ
   }
   const int64_t in_item = in_head.rem - head.before(at.q_tile);
   const KvRange tokens = item_tokens(g, line, lens.qo_len, lens.kv_len, at.q_tile);
-  const int32_t num_tokens = tokens.end - tokens.begin;
-  int64_t wish;
-  if (line == kFewRows) {  // every piece of an item has its share of what an item costs besides
-    const int64_t units = (int64_t{num_tokens} + kCostTokens - 1) / kCostTokens;
-    wish = divide_index(in_item * units, max64(1, head.all())).quot * kCostTokens;
-  } else {
-    const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
-    wish = divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
-  }
-  at.kv_offset = legal_cut(g, line, num_tokens, min64(wish, num_tokens));
-  return num_tokens > 0 && at.kv_offset == num_tokens ? next_item(g, head.num_tiles, at) : at;
+  const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
+  const int64_t wish =
+      divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
+  return cut_item(g, line, head.num_tiles, tokens.end - tokens.begin, wish, at);
 }
 
 // Write where worker w begins, at a cost inside of `request`; return it. A legal cut may lie at the
@@ -190,17 +205,18 @@ FI_HOST_DEVICE uint32_t clamp_cost(int64_t cost) {
   return static_cast<uint32_t>(min64(cost, 0xffffffff));
 }
 
-// The first so many workers of the few-row line get work: one an SM, a third of them, and more
-// where they are worth it and fit. Equal items are cut into equal pieces if that leaves few without
-// work.
+// The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
+// fit where that is worth it. In between, some SMs would have twice the work of others. Equal items
+// are cut into equal pieces, or not at all, if that leaves few without work.
 FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
   const uint32_t num_sms = uint32_t(g.num_workers + 2) / 3;
   const int64_t small_rows = int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
   const uint32_t num_blocks = load.num_rows <= small_rows ? g.blocks_per_sm : 1;
   const int64_t num_items = load.num_requests * g.num_kv_heads;
-  int64_t active = min64(load.cost / kWorthStarting, num_items * kManyPieces);
-  active = max64(num_sms, max64(active, load.cost / kWorthMerging));
-  active = min64(active, min64(g.num_workers, num_blocks * num_sms));
+  const int64_t pieces = min64(load.cost / kWorthStarting, num_items * kManyPieces);
+  const bool needs_all = max64(pieces, load.cost / kWorthMerging) >= 2 * int64_t{num_sms};
+  const uint32_t most_blocks = needs_all ? num_blocks : 1;
+  int64_t active = min64(g.num_workers, most_blocks * num_sms);
   // A worker for each piece at most: no thread block of an SM idles while another has two pieces.
   const int64_t cost_of_piece = g.cut_tokens / kCostTokens * unit_cost(1);
   active = min64(active, max64(1, divide_index(load.cost, cost_of_piece).quot));
@@ -210,7 +226,9 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
   for (uint32_t blocks = uint32_t(active) / num_sms; blocks > 0; --blocks) {
     const uint32_t resident = blocks * num_sms;
     const uint32_t without_work = resident % uint32_t(num_items);
-    if (without_work * 16 <= resident) return static_cast<int32_t>(resident - without_work);
+    const bool is_cut = blocks < most_blocks && uint32_t(num_items) * 2 <= resident;
+    if (without_work * 16 <= resident && !is_cut)
+      return static_cast<int32_t>(resident - without_work);
   }
   return static_cast<int32_t>(active);
 }

@@ -1,0 +1,119 @@
+"""The peers of the prefill benchmark, those of them that import: FlashInfer, vLLM's FA3, cuDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.prefill_steps import Step
+
+Call = Callable[[], object]
+
+
+def load(step: Step) -> dict[str, Call]:
+    """Plan each peer for a step; return by name the call that returns its output.
+
+    A peer that does not import here, or refuses the step, is named and left out.
+    """
+    found = {}
+    for name, make in PEERS.items():
+        try:
+            call = make(step)
+            call()
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as reason:
+            print(f"{name} is not measured: {repr(reason)[:200]}")
+            continue
+        found[name] = call
+    return found
+
+
+def _flashinfer(backend: str, step: Step) -> Call:
+    import flashinfer
+
+    cell = step.cell
+    counts = (step.kv_lens.cpu() + cell.page_size - 1) // cell.page_size
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)])
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+    wrapper.plan(
+        step.qo_indptr.cpu(),
+        indptr,
+        step.block_table.flatten(),
+        (step.kv_lens.cpu() - 1) % cell.page_size + 1,
+        cell.num_qo_heads,
+        cell.num_kv_heads,
+        cell.head_dim,
+        cell.page_size,
+        causal=cell.causal,
+        window_left=cell.window_left,
+        q_data_type=step.q.dtype,
+        kv_data_type=step.k.dtype,
+    )
+    return partial(wrapper.run, step.q, (step.k, step.v))
+
+
+def _fa3(step: Step, **options: Any) -> Call:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    cell = step.cell
+    return partial(
+        flash_attn_varlen_func,
+        step.q,
+        max_seqlen_q=cell.qo_len,
+        cu_seqlens_q=step.qo_indptr,
+        max_seqlen_k=cell.context,
+        causal=cell.causal,
+        window_size=[cell.window_left, 0 if cell.causal else -1] if cell.window_left >= 0 else None,
+        fa_version=3,
+        **options,
+    )
+
+
+def _fa3_paged(step: Step) -> Call:
+    return _fa3(step, k=step.k, v=step.v, seqused_k=step.kv_lens, block_table=step.block_table)
+
+
+def _check_is_whole(step: Step) -> None:
+    if step.cell.qo_len != step.cell.context:
+        raise NotImplementedError("measured where all tokens are queries")
+
+
+def _fa3_ragged(step: Step) -> Call:
+    _check_is_whole(step)
+    k, v = step.dense(step.k), step.dense(step.v)
+    return _fa3(step, k=k, v=v, cu_seqlens_k=step.qo_indptr)
+
+
+def _cudnn(step: Step) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _check_is_whole(step)
+    cell = step.cell
+    if cell.window_left >= 0:
+        raise NotImplementedError("torch has no window")
+
+    def heads_first(x: torch.Tensor) -> torch.Tensor:
+        return x.view(cell.batch, cell.context, -1, cell.head_dim).transpose(1, 2)
+
+    q, k, v = map(heads_first, (step.q, step.dense(step.k), step.dense(step.v)))
+
+    def call() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=cell.causal, enable_gqa=True
+            )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return call
+
+
+PEERS: dict[str, Callable[[Step], Call]] = {
+    "flashinfer fa2": partial(_flashinfer, "fa2"),
+    "flashinfer fa3": partial(_flashinfer, "fa3"),
+    "fa3 paged": _fa3_paged,
+    "fa3 ragged": _fa3_ragged,
+    "cudnn": _cudnn,
+}

@@ -1,0 +1,113 @@
+// Compile-time shapes of the many-row kernel for sm_90a, and its shared memory.
+//
+// Two warpgroups compute, each on 64 query rows, and a third one brings what they need: units of
+// work with their query rows, and tiles of K and V in rings. Barriers in shared memory tell both
+// sides what is full and what is free, so that nobody waits for what he does not need.
+#pragma once
+
+#include <fi_backend/attention/many_rows_shape.h>
+
+#include <fi_backend/attention/many_rows_shape.cuh>
+#include <fi_backend/ptx/ldmatrix.cuh>
+#include <fi_backend/ptx/mbarrier.cuh>
+
+namespace fi {
+
+inline constexpr int kGroupThreads = 128;  // a warpgroup
+inline constexpr int kGroupRows = 64;      // rows of a wgmma
+inline constexpr int kNumGroups = 2;       // that compute
+inline constexpr int kComputeThreads = kNumGroups * kGroupThreads;
+inline constexpr int kSm90Threads = kComputeThreads + kGroupThreads;
+inline constexpr int kUnitRows = kNumGroups * kGroupRows;
+static_assert(kComputeThreads == kManyRowsThreads, "the end of an item takes all that compute");
+
+// Tiles lie in shared memory in parts of 64 columns: rows of 128 bytes, as wgmma_descriptor() wants
+// them.
+inline constexpr int kPartColumns = 64;
+using PartRows = SwizzledRows<kPartColumns * 2>;
+
+// Q: __half or __nv_bfloat16, the cache's type too; Out: a float type.
+template <class Q_, class Out_, int kHeadDimQk, int kHeadDimVo>
+struct Sm90Traits {
+  using Q = Q_;
+  using Kv = Q_;
+  using Out = Out_;
+  static constexpr int kQk = kHeadDimQk;
+  static constexpr int kVo = kHeadDimVo;
+  static constexpr int kWidest = kQk > kVo ? kQk : kVo;
+  // Wide heads take more shared memory for a token, and more registers for outputs.
+  static constexpr int kTokens = kWidest <= 128 ? 128 : 64;
+  static constexpr int kStages = 2;
+  static constexpr int kUnits = kWidest <= 192 ? 2 : 1;  // that are known ahead, with query rows
+  // A thread's registers: outputs, scores and weights leave little of the 168 that every thread
+  // gets to begin with.
+  static constexpr int kComputeRegisters = kVo <= 192 ? 224 : 232;
+  static constexpr int kLoadRegisters = kVo <= 192 ? 56 : 40;
+  static_assert(kNumGroups * kComputeRegisters + kLoadRegisters == (kNumGroups + 1) * 168);
+  static constexpr int kTileRows = many_row_tile(kQk, kVo);
+  static constexpr int kWarpRows = 16;
+  static constexpr int kRowBlocks = 1;
+  static constexpr bool kTilesBeginEarly = true;  // where boxes of the copy engine do
+  static_assert(kTileRows % kUnitRows == 0, "units divide a tile");
+  static_assert(kQk % 16 == 0 && kVo % 16 == 0, "a wgmma has 16 inputs");
+
+  static constexpr int kQkParts = (kQk + kPartColumns - 1) / kPartColumns;
+  static constexpr int kVoParts = (kVo + kPartColumns - 1) / kPartColumns;
+  static constexpr int kGroupPartBytes = kGroupRows * PartRows::kRowBytes;  // of queries
+  static constexpr int kPartBytes = kTokens * PartRows::kRowBytes;          // of K or V
+  using OutRows = SwizzledRows<kVo* int(sizeof(Q))>;
+  static_assert(kQkParts >= kVoParts, "the output takes the place of the queries");
+};
+
+// Work of a CTA at a time: some rows of an item and the tokens of its piece that they see.
+struct Sm90Unit {
+  ManyRowsItem item;
+  int32_t first_row;    // of the item's tile
+  int32_t first_token;  // of the first of the tiles; what is before tokens.begin is masked
+  int32_t num_tiles;
+  KvRange tokens;
+  KvRange free[kNumGroups];      // tokens whose scores need but the scale, for each group's rows
+  KvRange unmasked[kNumGroups];  // and those that all of its rows see
+  bool is_last;                  // of its item
+  bool exists;
+};
+
+template <class Traits>
+struct alignas(1024) Sm90Memory {
+  static constexpr int kGroupQueryBytes = Traits::kQkParts * Traits::kGroupPartBytes;
+  uint8_t q[Traits::kUnits][kNumGroups][kGroupQueryBytes];  // in the end the output
+  uint8_t k[Traits::kStages][Traits::kQkParts * Traits::kPartBytes];
+  uint8_t v[Traits::kStages][Traits::kVoParts * Traits::kPartBytes];
+  Sm90Unit units[Traits::kUnits];
+  // Where the search for units stands.
+  ManyRowsItem item;
+  ManyRowsWalk walk;
+  int32_t next_row;
+  bool is_last_holder;
+  uint64_t unit_wanted;
+  uint64_t unit_found[Traits::kUnits];
+  uint64_t unit_full[Traits::kUnits];  // its query rows too
+  uint64_t unit_empty[Traits::kUnits];
+  uint64_t k_full[Traits::kStages];
+  uint64_t k_empty[Traits::kStages];
+  uint64_t v_full[Traits::kStages];
+  uint64_t v_empty[Traits::kStages];
+};
+
+// Place n of the line of tiles, or of units, in a ring of kSize, and the parity of its phase.
+template <int kSize>
+struct RingPlace {
+  uint32_t n = 0;
+
+  __device__ __forceinline__ int index() const { return n % kSize; }
+  __device__ __forceinline__ uint32_t parity() const { return n / kSize % 2; }
+  // Of the phase before: over as soon as the place is empty.
+  __device__ __forceinline__ uint32_t empty_parity() const { return parity() ^ 1; }
+};
+
+// Named barriers; 0 is __syncthreads().
+inline constexpr int kComputeBarrier = 1;
+inline constexpr int kGroupBarrier = 2;  // and the next one: of each group
+inline constexpr int kTurnBarrier = 4;   // and the next one: each group's turn to multiply
+
+}  // namespace fi
