@@ -7,7 +7,7 @@ difference between a stored value and what the cache's dtype holds for it. Ours 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,12 @@ import torch
 
 import fi_backend
 from benchmarks.report import Row
-from benchmarks.small_kernels import CALLS_PER_GRAPH, Call, importable, time_cell
+from benchmarks.small_kernels import CALLS_PER_GRAPH, Call, importable, time_cell, time_cells
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 HEADS, HEAD_DIM, PAGE_SIZE = 8, 128, 16
 NUM_PAGES = 10240  # 671 MB in bf16
+Backend = Callable[..., Call]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _ours(step: Step, k: torch.Tensor, v: torch.Tensor) -> Call:
     return partial(fi_backend.append_to_cache, step.key, step.value, (k, v), step.slots)
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "fi_backend": _ours,
     "fi_backend paged": partial(_paged, fi_backend.append_paged_kv_cache),
     "vllm": _vllm,
@@ -115,17 +116,18 @@ def error(step: Step, call: Call, k: torch.Tensor, v: torch.Tensor) -> float:
     return worst
 
 
+def run_cell(cell: Cell, backends: Mapping[str, Backend], seconds: float) -> list[Row]:
+    """Check and time one cell."""
+    torch.manual_seed(0)
+    shape = (NUM_PAGES, PAGE_SIZE, HEADS, HEAD_DIM)
+    k, v = (torch.empty(shape, dtype=cell.cache_dtype, device="cuda") for _ in "kv")
+    steps = [make_step(cell) for _ in range(CALLS_PER_GRAPH)]
+    calls = importable(backends, ((step, k, v) for step in steps))
+    errors = {name: error(steps[0], sequence[0], k, v) for name, sequence in calls.items()}
+    return time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))
+
+
 def run(cells: str, seconds: float) -> list[Row]:
     """Time the cells whose names contain `cells`; return their rows."""
-    torch.manual_seed(0)
-    rows: list[Row] = []
-    for cell in CELLS:
-        if cells not in cell.name:
-            continue
-        shape = (NUM_PAGES, PAGE_SIZE, HEADS, HEAD_DIM)
-        k, v = (torch.empty(shape, dtype=cell.cache_dtype, device="cuda") for _ in "kv")
-        steps = [make_step(cell) for _ in range(CALLS_PER_GRAPH)]
-        calls = importable(BACKENDS, ((step, k, v) for step in steps))
-        errors = {name: error(steps[0], sequence[0], k, v) for name, sequence in calls.items()}
-        rows += time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))
-    return rows
+    chosen = [cell for cell in CELLS if cells in cell.name]
+    return time_cells(chosen, BACKENDS, partial(run_cell, seconds=seconds))

@@ -7,7 +7,7 @@ Ours is `merge_states`; "fi_backend pair" is `merge_state`, for two states.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +15,10 @@ import torch
 
 import fi_backend
 from benchmarks.report import Row
-from benchmarks.small_kernels import CALLS_PER_GRAPH, Call, importable, time_cell
+from benchmarks.small_kernels import CALLS_PER_GRAPH, Call, importable, time_cell, time_cells
 
 HEADS, HEAD_DIM = 32, 128
+Backend = Callable[[torch.Tensor, torch.Tensor], Call]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _vllm_pair(v: torch.Tensor, s: torch.Tensor) -> Call:
     return call
 
 
-BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Call]] = {
+BACKENDS: dict[str, Backend] = {
     "fi_backend": lambda v, s: partial(fi_backend.merge_states, v, s),
     "fi_backend pair": lambda v, s: partial(fi_backend.merge_state, *_pair(v, s)),
     "flashinfer": _flashinfer,
@@ -98,15 +99,16 @@ def error(call: Call, v: torch.Tensor, s: torch.Tensor) -> float:
     return float((out[0].double() - expected).abs().max())
 
 
+def run_cell(cell: Cell, backends: Mapping[str, Backend], seconds: float) -> list[Row]:
+    """Check and time one cell."""
+    torch.manual_seed(0)
+    inputs = [make_states(cell) for _ in range(CALLS_PER_GRAPH)]
+    calls = importable(backends, inputs)
+    errors = {name: error(sequence[0], *inputs[0]) for name, sequence in calls.items()}
+    return time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))
+
+
 def run(cells: str, seconds: float) -> list[Row]:
     """Time the cells whose names contain `cells`; return their rows."""
-    torch.manual_seed(0)
-    rows: list[Row] = []
-    for cell in CELLS:
-        if cells not in cell.name:
-            continue
-        inputs = [make_states(cell) for _ in range(CALLS_PER_GRAPH)]
-        calls = importable(BACKENDS, inputs)
-        errors = {name: error(sequence[0], *inputs[0]) for name, sequence in calls.items()}
-        rows += time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))
-    return rows
+    chosen = [cell for cell in CELLS if cells in cell.name]
+    return time_cells(chosen, BACKENDS, partial(run_cell, seconds=seconds))

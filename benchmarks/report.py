@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,13 @@ def machine_name() -> str:
 
 
 def commit() -> str:
-    """Return the commit measured, with a plus sign where files differ from it."""
+    """Return the commit measured, with a plus sign where files differ from it.
+
+    A copy of the tree without its history is told by BENCHMARK_COMMIT, which comes first.
+    """
+    stated = os.environ.get(COMMIT_VARIABLE, "").strip()
+    if stated:
+        return stated
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -46,7 +54,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "fi_backend")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def print_row(row: Row, baseline_us: float) -> None:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 from benchmarks.report import machine_name, write
 
-ROUTINES = ("append", "cpu", "decode", "graph", "merge", "plan")
+ROUTINES = (
+    "activation",
+    "append",
+    "cpu",
+    "decode",
+    "fused",
+    "graph",
+    "jit",
+    "merge",
+    "norm",
+    "plan",
+    "prefill",
+    "rope",
+)
 
 
 def main() -> None:
@@ -20,7 +33,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    print(f"{arguments.routine} on {machine_name()}; last column: time relative to ours")
+    print(
+        f"{arguments.routine} on {machine_name()}; last column: time relative to ours", flush=True
+    )
     routine = importlib.import_module(f"benchmarks.{arguments.routine}")
     rows = routine.run(arguments.cells, arguments.seconds)
     if not arguments.no_write:

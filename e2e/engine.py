@@ -91,15 +91,20 @@ class StepLog:
 def run_batch(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    parameters = SamplingParams(
-        temperature=0.0,
-        max_tokens=batch["max_tokens"],
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=batch.get("logprobs"),
-        prompt_logprobs=batch.get("prompt_logprobs"),
-    )
     prompts = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    # One number for all prompts, or one for each.
+    most = batch["max_tokens"]
+    parameters = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=batch.get("logprobs"),
+            prompt_logprobs=batch.get("prompt_logprobs"),
+        )
+        for max_tokens in (most if isinstance(most, list) else [most] * len(prompts))
+    ]
     start = time.perf_counter()
     outputs = engine.generate(prompts, parameters, use_tqdm=False)
     seconds = time.perf_counter() - start

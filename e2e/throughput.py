@@ -2,202 +2,204 @@
 
     python -m e2e.throughput --engine vllm
 
-Both engines of a pair run all the time and take the same batch in turn, so that they see the same
-machine. A batch is the same work every time and other load only adds to it, so an engine's time is
-its best; pairs start anew, because two processes of one engine differ by several percent. A row is
-the median of the pairs. JSON goes to benchmarks/results/<machine>/e2e_vllm.json.
+All engines of a model run all the time and take the same batch in turn, so that they see the same
+machine; on a GPU they share its memory in equal parts. A batch is the same work for all of them and
+other load only adds to it, so an engine's time is its best; engines start anew, because two
+processes of one engine differ by several percent. A row is the median of the starts. JSON goes to
+benchmarks/results/<machine>/e2e_vllm.json.
+
+On a GPU the models are dummy weights in the shapes of Llama-3.1-8B and Llama-3.2-1B, and the peers
+FLASH_ATTN and, where it is installed, FLASHINFER. A minute or two of one cell:
+
+    python -m e2e.throughput --workloads "8B bf16 decode-heavy" --backends FLASH_ATTN --rounds 1
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.report import REPOSITORY, commit, machine_name, results_path
-from e2e.conftest import FI_TINY, fi_tiny_prompts
-from e2e.harness import ENVIRONMENT
-from e2e.shapes import make_model, random_prompts
+from benchmarks.report import commit, machine_name, results_path
+from e2e import workloads
+from e2e.served import Answer, Engine, serve
+from e2e.workloads import Model, Workload
 
-BACKENDS = {"fi_backend": "flashinfer", "stock": None}
+OURS = "fi_backend"
 
 
 @dataclass(frozen=True)
-class Workload:
-    """`max_tokens` new tokens for each prompt of a model in one batch."""
+class Backend:
+    """A backend as a user asks for it, and the environment of its engine."""
 
-    model: str
-    dtype: str
-    max_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.dtype} 32 prompts x {self.max_tokens}"
-
-    def prompts(self) -> list[list[int]]:
-        if self.model == "fi-tiny":
-            return fi_tiny_prompts()
-        return random_prompts(32, shortest=8, longest=160)
+    name: str | None
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def workloads() -> list[Workload]:
-    """Return every workload of the run on this machine."""
-    return [
-        Workload(model, dtype, 256)
-        for model in ("fi-tiny", "mistral", "gemma2")
-        for dtype in ("float32", "bfloat16")
-    ]
+def backends(wanted: Sequence[str]) -> dict[str, Backend]:
+    """Return ours and the peers, those in `wanted` if it names any."""
+    peers = {"stock": Backend(None)}
+    if torch.cuda.is_available():
+        peers = {
+            "FLASH_ATTN": Backend("FLASH_ATTN"),
+            # By this name an engine gets us, unless we stand aside.
+            "FLASHINFER": Backend("FLASHINFER", (("FI_BACKEND_DISABLE", "1"),)),
+        }
+    unknown = sorted(set(wanted) - set(peers))
+    if unknown:
+        raise SystemExit(f"--backends must be of {', '.join(peers)}; got {', '.join(unknown)}")
+    chosen = {name: peer for name, peer in peers.items() if not wanted or name in wanted}
+    if "FLASHINFER" in chosen and importlib.util.find_spec("flashinfer") is None:
+        del chosen["FLASHINFER"]
+        print("FLASHINFER is not measured: there is no flashinfer package", flush=True)
+    return {OURS: Backend("flashinfer"), **chosen}
 
 
-class Engine:
-    """An engine in a process of its own, which stays up between batches."""
-
-    def __init__(self, folder: Path, dtype: str, backend: str | None, log: Path) -> None:
-        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "e2e.throughput", "--serve"],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
+def start(
+    model: Model, contenders: dict[str, Backend], directory: Path, *, quick: bool
+) -> dict[str, Engine]:
+    """Start an engine for each backend, all at once; leave out peers that do not start."""
+    on_gpu = torch.cuda.is_available()
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+    began = time.monotonic()
+    starting = {
+        name: Engine(
+            model.folder(directory),
+            model.dtype,
+            backend.name,
+            model.arguments(len(contenders), gpu_bytes),
+            directory / f"{name}.log",
+            dict(backend.environment),
+            compiles=on_gpu and not quick,
         )
-        self._ask({"model": str(folder), "dtype": dtype, "backend": backend})
-
-    def run(self, workload: Workload) -> dict[str, Any]:
-        """Generate one batch; return its seconds, its tokens and our runs so far."""
-        return self._ask({"prompts": workload.prompts(), "max_tokens": workload.max_tokens})
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("ANSWER "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                return answer
-        raise RuntimeError(f"the engine process ended with {self._process.wait()}")
-
-
-def serve() -> None:
-    """Child process: build the engine that the first line describes, run a batch per line."""
-    import vllm
-
-    from e2e.engine import EXTENSION, run_batch
-
-    task = json.loads(sys.stdin.readline())
-    engine = vllm.LLM(
-        model=task["model"],
-        dtype=task["dtype"],
-        attention_backend=task["backend"],
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=32,
-        enable_prefix_caching=False,
-        worker_extension_cls=EXTENSION,
-    )
-    print("ANSWER {}", flush=True)
-    for line in sys.stdin:
-        result = run_batch(engine, json.loads(line))
-        counters = engine.collective_rpc("fi_backend_counters")[0]
-        answer = {key: result[key] for key in ("seconds", "tokens")}
-        print("ANSWER", json.dumps({**answer, "counters": counters}), flush=True)
-
-
-Answer = dict[str, Any]
-
-
-def run_pair(folder: Path, workload: Workload, rounds: int, directory: Path) -> dict[str, Answer]:
-    """Start both engines, run a workload in them in turn, return the best answer of each."""
-    engines = {
-        name: Engine(folder, workload.dtype, backend, directory / f"{name}.log")
-        for name, backend in BACKENDS.items()
+        for name, backend in contenders.items()
     }
-    try:
-        results: dict[str, list[Answer]] = {name: [] for name in engines}
-        for _ in range(rounds + 1):
-            for name, engine in engines.items():
-                results[name].append(engine.run(workload))
-    finally:
-        for engine in engines.values():
-            engine.close()
-    if not results["fi_backend"][-1]["counters"]["attention_runs"]:
-        raise RuntimeError("our kernels have not served the engine that asked for them")
-    if results["stock"][-1]["counters"]["attention_runs"]:
-        raise RuntimeError("our kernels have served the stock engine")
+    engines = {}
+    for name, engine in starting.items():
+        try:
+            engine.wait()
+        except RuntimeError as error:
+            if name == OURS:
+                for other in starting.values():
+                    other.close()
+                raise
+            print(f"{name} is not measured: {error}", flush=True)
+            continue
+        engines[name] = engine
+        print(f"  {name} ready after {time.monotonic() - began:.0f} s", flush=True)
+    return engines
+
+
+def best_answers(
+    engines: dict[str, Engine], workload: Workload, rounds: range
+) -> dict[str, Answer]:
+    """Run the rounds in all engines in turn; return each one's first answer, in its best time."""
+    answers: dict[str, list[Answer]] = {name: [] for name in engines}
+    for number in rounds:
+        for name, engine in engines.items():
+            answers[name].append(engine.run(workload, number))
+    for name, of_engine in answers.items():
+        if bool(of_engine[-1]["counters"]["attention_runs"]) != (name == OURS):
+            raise RuntimeError(f"{name}: another backend has served: {of_engine[-1]['counters']}")
     return {
-        name: min(answers[1:], key=lambda answer: float(answer["seconds"]))
-        for name, answers in results.items()
+        name: {**of_engine[0], "seconds": min(answer["seconds"] for answer in of_engine)}
+        for name, of_engine in answers.items()
     }
 
 
-def measure(workload: Workload, pairs: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """Run a workload in `pairs` pairs of engines; return a row for each backend."""
-    folder = FI_TINY if workload.model == "fi-tiny" else make_model(workload.model, directory)
-    results: dict[str, list[Answer]] = {name: [] for name in BACKENDS}
-    for _ in range(pairs):
-        for name, answer in run_pair(folder, workload, rounds, directory).items():
-            results[name].append(answer)
-    ours, stock = ([answer["seconds"] for answer in results[name]] for name in BACKENDS)
-    ratio = statistics.median(b / a for a, b in zip(ours, stock, strict=True))
+def report(workload: Workload, starts: list[dict[str, Answer]]) -> list[dict[str, Any]]:
+    """Print a line, and return a row for each backend, from what each start of engines gave."""
+    peers = [name for name in starts[0] if name != OURS]
+    ratios = [
+        min((answers[name]["seconds"] for name in peers), default=0.0) / answers[OURS]["seconds"]
+        for answers in starts
+    ]
     rows = []
-    for name, answers in results.items():
-        seconds = statistics.median(answer["seconds"] for answer in answers)
-        tokens = sum(len(one) for one in answers[-1]["tokens"])
+    for name in starts[0]:
+        seconds = statistics.median(answers[name]["seconds"] for answers in starts)
         rows.append(
             {
                 "cell": workload.name,
                 "backend": name,
                 "us": seconds * 1e6,
-                "out_tps": tokens / seconds,
-                "tps_over_stock": ratio if name == "fi_backend" else 1.0,
+                "out_tps": sum(map(len, starts[-1][name]["tokens"])) / seconds,
+                "tps_over_stock": statistics.median(ratios) if name == OURS else 1.0,
             }
         )
-    same = results["fi_backend"][-1]["tokens"] == results["stock"][-1]["tokens"]
+    speeds = "  ".join(f"{row['backend']} {row['out_tps']:.0f}" for row in rows)
+    mine = starts[-1][OURS]["tokens"]
+    same = [
+        sum(a == b for a, b in zip(mine, starts[-1][name]["tokens"], strict=True)) for name in peers
+    ]
     print(
-        f"{workload.name:40} {rows[0]['out_tps']:8.0f} {rows[1]['out_tps']:8.0f} tok/s  "
-        f"{ratio:5.3f}x  {'same tokens' if same else 'other tokens'}",
+        f"{workload.name:60} {speeds} tok/s  {statistics.median(ratios):5.3f}x  "
+        f"same tokens in {', '.join(map(str, same))} of {len(mine)} texts",
         flush=True,
     )
     return rows
 
 
+def measure(
+    chosen: Iterable[Workload], contenders: dict[str, Backend], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Run workloads of one model; return their rows."""
+    chosen = list(chosen)
+    results: dict[str, list[dict[str, Answer]]] = {workload.name: [] for workload in chosen}
+    for _ in range(arguments.starts):
+        with tempfile.TemporaryDirectory() as directory:
+            model = chosen[0].model
+            engines = start(model, contenders, Path(directory), quick=arguments.quick)
+            try:
+                for engine in engines.values():
+                    engine.warm_up(chosen[0])
+                for workload in chosen:
+                    answers = best_answers(engines, workload, range(arguments.rounds))
+                    results[workload.name].append(answers)
+            finally:
+                for engine in engines.values():
+                    engine.close()
+    return [row for workload in chosen for row in report(workload, results[workload.name])]
+
+
 def main() -> None:
     """Parse the command line, run the workloads, record the rows."""
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m e2e.throughput", description=__doc__)
     parser.add_argument("--engine", choices=("vllm",), default="vllm")
     parser.add_argument("--workloads", default="", help="only those whose name contains this text")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of engines")
-    parser.add_argument("--rounds", type=int, default=5, help="batches for each engine of a pair")
+    parser.add_argument("--backends", default="", help="only these peers, with commas between")
+    parser.add_argument(
+        "--starts", type=int, default=1 if on_gpu else 3, help="starts of all engines"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2 if on_gpu else 5, help="batches for each engine and start"
+    )
+    parser.add_argument("--quick", action="store_true", help="no torch.compile: starts sooner")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve()
+        serve(sys.stdin)
         return
-    print(f"vLLM on {machine_name()}: ours, stock, ours / stock", flush=True)
+    contenders = backends([name for name in arguments.backends.split(",") if name])
+    every = workloads.GPU if on_gpu else workloads.CPU
+    chosen = [workload for workload in every if arguments.workloads in workload.name]
+    print(f"vLLM on {machine_name()}; ratio: ours over the best peer", flush=True)
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        for workload in workloads():
-            if arguments.workloads in workload.name:
-                rows += measure(workload, arguments.pairs, arguments.rounds, Path(directory))
+    for _, of_model in groupby(chosen, key=lambda workload: id(workload.model)):
+        rows += measure(of_model, contenders, arguments)
     if not arguments.no_write:
         conditions = {
             "routine": "e2e_vllm",
@@ -206,7 +208,7 @@ def main() -> None:
             "cuda": torch.version.cuda,
             "commit": commit(),
         }
-        path = results_path("e2e_vllm")
+        path = arguments.output or results_path("e2e_vllm")
         path.write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
         print("wrote", path)
 

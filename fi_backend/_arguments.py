@@ -19,6 +19,7 @@ __all__ = [
     "check_workspace",
     "combine_scales",
     "layer_spec",
+    "planned_arguments",
     "ragged_cache",
     "refuse",
     "split_paged_cache",
@@ -201,6 +202,31 @@ def split_tokens(fixed_split_size: int | None, disable_split_kv: bool, page_size
     if fixed_split_size < 1:
         raise ValueError(f"fixed_split_size must be at least 1 page; got {fixed_split_size}")
     return fixed_split_size * page_size
+
+
+def planned_arguments(spec: AttentionSpec, split_tokens: int) -> dict[str, object]:
+    """Name what plan() was given, as its callers do: the reverse of layer_spec and split_tokens."""
+    mode = "ALIBI" if spec.alibi else "ROPE_LLAMA" if spec.rope_theta > 0 else "NONE"
+    return {
+        "num_qo_heads": spec.num_qo_heads,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim_qk": spec.head_dim_qk,
+        "head_dim_vo": spec.head_dim_vo,
+        "page_size": spec.page_size,
+        "q_data_type": spec.q_dtype,
+        "kv_data_type": spec.kv_dtype,
+        "o_data_type": spec.o_dtype,
+        "custom_mask": "a mask" if spec.custom_mask else None,
+        "causal": spec.causal,
+        "pos_encoding_mode": mode,
+        "window_left": spec.window_left,
+        "logits_soft_cap": spec.logits_soft_cap,
+        "sm_scale": spec.sm_scale,
+        "rope_scale": spec.rope_scale,
+        "rope_theta": spec.rope_theta,
+        "fixed_split_size": split_tokens // spec.page_size if split_tokens > 0 else None,
+        "disable_split_kv": split_tokens < 0,
+    }
 
 
 def split_paged_cache(

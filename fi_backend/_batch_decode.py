@@ -28,8 +28,9 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; one that is too small is
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
-        use_cuda_graph: plan() copies into the three buffers below, whose sizes fix the batch size.
-            A run() that a CUDA graph has captured then follows every later plan().
+        use_cuda_graph: plan() copies into the three buffers below, whose sizes fix the batch size;
+            the first plan() fixes all its arguments but the page table. A run() that a CUDA graph
+            has captured then follows every later plan().
         use_tensor_cores: needed for q_len_per_req > 1; otherwise without effect on the result.
         paged_kv_indptr_buffer: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indices_buffer: int32 [most pages of a step], with use_cuda_graph.
@@ -162,11 +163,12 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         lens = self._check_plan(options, indptr, indices, last_page_len, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim, page_size)
         batch_size, q_len = last_page_len.shape[0], options.q_len_per_req
+        metadata = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        self._check_spec(spec, options.split_tokens(page_size))
         if self._buffers:
             self._check_batch_size(batch_size, self._buffers[-1].shape[0])
-        indptr, indices, last_page_len = self._stage(
-            options.non_blocking, indptr=indptr, indices=indices, last_page_len=last_page_len
-        )
+            self._check_staging(metadata)
+        indptr, indices, last_page_len = self._stage(options.non_blocking, **metadata)
         if lens is None:
             lens = page_lens(indptr, last_page_len, page_size)
         self._plan_batch(

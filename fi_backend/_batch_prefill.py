@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from fi_backend._arguments import PagedCache, refuse, split_paged_cache
-from fi_backend._page_table import check_page_table, page_lens
+from fi_backend._page_table import check_page_table, page_lens, to_device
 from fi_backend._prefill_options import PrefillOptions
-from fi_backend._prefill_wrapper import PrefillWrapper
+from fi_backend._prefill_wrapper import PrefillStep, PrefillWrapper
 from fi_backend._wrapper import Scale
-from fi_backend.batch import PagedBatch
 
 __all__ = ["BatchPrefillWithPagedKVCacheWrapper"]
 
 _NAMES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+_Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # in this order
 
 
 class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
@@ -29,8 +29,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the buffers below, whose sizes fix the batch size; the
-            first plan() fixes the most rows. A run() that a CUDA graph has captured then follows
-            every later plan().
+            first plan() fixes the most rows, and all its arguments but offsets, page table and
+            what a mask holds. A run() that a CUDA graph has captured then follows later plans.
         qo_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         paged_kv_indices_buf: int32 [most pages of a step], with use_cuda_graph.
@@ -211,31 +211,34 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         """
         options = PrefillOptions.from_arguments(locals())
         table = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        qo_lens, kv_lens = self._check_plan(options, qo_indptr, table, page_size)
-        spec = options.spec(num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        if self._buffers:
-            self._check_batch_size(paged_kv_last_page_len.shape[0], self._buffers[-1].shape[0])
-            self._check_capacity(None if qo_lens is None else int(qo_lens.sum()))
-        qo_indptr, indptr, indices, last_page_len = self._stage(
-            options.non_blocking,
-            qo_indptr=qo_indptr,
-            paged_kv_indptr=paged_kv_indptr,
-            paged_kv_indices=paged_kv_indices,
-            paged_kv_last_page_len=paged_kv_last_page_len,
-        )
-        lens = page_lens(indptr, last_page_len, page_size) if kv_lens is None else kv_lens
-        batch = PagedBatch(
-            qo_indptr, self._stage_lens(lens), page_indptr=indptr, page_indices=indices
-        )
-        self._plan_step(options, spec, batch, qo_lens, kv_lens)
+        heads = (num_qo_heads, num_kv_heads, head_dim_qk)
+        self._plan_step(self._check_arguments(options, qo_indptr, table, heads, page_size))
 
     begin_forward = plan
+
+    def _check_arguments(
+        self,
+        options: PrefillOptions,
+        qo_indptr: torch.Tensor,
+        table: _Table,
+        heads: tuple[int, int, int],
+        page_size: int,
+    ) -> PrefillStep:
+        """Check all that plan() is given; `heads` are its next three arguments."""
+        qo_lens, kv_lens = self._check_plan(options, qo_indptr, table, page_size)
+        if kv_lens is None:
+            indptr = to_device(_NAMES[0], table[0], self._device)
+            last_page_len = to_device(_NAMES[2], table[2], self._device)
+            kv_lens = page_lens(indptr, last_page_len, page_size)
+        metadata = dict(zip(("qo_indptr", *_NAMES), (qo_indptr, *table), strict=True))
+        spec = options.spec(*heads, page_size)
+        return self._check_step(options, spec, metadata, qo_lens, kv_lens)
 
     def _check_plan(
         self,
         options: PrefillOptions,
         qo_indptr: torch.Tensor,
-        table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        table: _Table,
         page_size: int,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Check a step; return each request's query rows and tokens where the host knows them."""

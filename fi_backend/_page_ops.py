@@ -8,9 +8,34 @@ from fi_backend.checks import check_tensor
 from fi_backend.kernels import append_kv as kernel
 from fi_backend.torch_ops import register
 
-__all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS"]
+__all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS", "unbind_cache"]
 
+_LAYOUTS = ("NHD", "HND")
 _INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def unbind_cache(
+    paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], kv_layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views (k, v) [num_pages, page_size, num_kv_heads, head_dim] of FlashInfer's cache.
+
+    Raises:
+        ValueError: the layout has no such name, or the tensor no such shape.
+    """
+    if kv_layout not in _LAYOUTS:
+        raise ValueError(f"kv_layout must be one of {', '.join(_LAYOUTS)}; got {kv_layout!r}")
+    if isinstance(paged_kv_cache, torch.Tensor):
+        if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
+            raise ValueError(
+                "paged_kv_cache must have shape [num_pages, 2, ...] with 5 dimensions, or be a "
+                f"pair of tensors; got {list(paged_kv_cache.shape)}"
+            )
+        k_cache, v_cache = paged_kv_cache.unbind(1)
+    else:
+        k_cache, v_cache = paged_kv_cache
+    if kv_layout == "HND":
+        return k_cache.transpose(-3, -2), v_cache.transpose(-3, -2)
+    return k_cache, v_cache
 
 
 def _append_slots(

@@ -23,6 +23,8 @@ __all__ = [
     "to_device",
 ]
 
+_MAX_TOKENS = torch.iinfo(torch.int32).max
+
 
 def to_device(
     name: str, tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = True
@@ -128,6 +130,13 @@ def check_page_table(
             )
     if not (indptr.is_cpu and last_page_len.is_cpu):
         return None
+    if int(indptr[-1]) * page_size > _MAX_TOKENS:
+        pages = int(indptr.diff().max())
+        if pages * page_size > _MAX_TOKENS:
+            raise ValueError(
+                f"{indptr_name} must give a request fewer than 2**31 tokens; got {pages} pages of "
+                f"{page_size}"
+            )
     return page_lens(indptr, last_page_len, page_size)
 
 
@@ -165,12 +174,14 @@ def check_bound(name: str, bound: int | None, lens: torch.Tensor | None) -> None
 
 
 def check_fits(name: str, buffer: torch.Tensor, source: torch.Tensor) -> None:
-    """Check that a caller's fixed buffer has room for `source`."""
+    """Check that `source` can be copied to a caller's fixed buffer."""
     if source.shape[0] > buffer.shape[0]:
         raise ValueError(
             f"The size of {name} should be less than or equal to the allocated buffer; "
             f"got {source.shape[0]} elements for a buffer of {buffer.shape[0]}"
         )
+    if source.device != buffer.device:
+        _check_not_capturing(name, buffer.device)
 
 
 def fill(
@@ -178,8 +189,6 @@ def fill(
 ) -> torch.Tensor:
     """Copy `source` to the front of a caller's fixed buffer and return that part of it."""
     check_fits(name, buffer, source)
-    if source.device != buffer.device:
-        _check_not_capturing(name, buffer.device)
     part = buffer[: source.shape[0]]
     part.copy_(source, non_blocking=non_blocking)
     return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from fi_backend._arguments import (
     check_workspace,
     combine_scales,
     layer_spec,
+    planned_arguments,
     refuse,
 )
 from fi_backend._page_table import check_fits, fill, to_device
@@ -49,6 +51,8 @@ class AttentionWrapper(ABC):
         refuse(self._name, jit_args=jit_args, jit_kwargs=jit_kwargs)
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
+        # With use_cuda_graph: spec and split_tokens of the first plan().
+        self._fixed: tuple[AttentionSpec, int] | None = None
         self._spec: AttentionSpec | None = None
         self._plan: Plan | None = None
         # By what a run may still choose: whether there are sinks, and sm_scale.
@@ -82,7 +86,17 @@ class AttentionWrapper(ABC):
                 replaced by memory of the wrapper's own.
             int_workspace_buffer: any dtype, 16-byte aligned; a plan is kept in its own memory, so
                 nothing is written here.
+
+        Raises:
+            ValueError: a buffer is malformed.
+            RuntimeError: with use_cuda_graph, plan() has been called: a captured graph keeps the
+                workspace of its capture.
         """
+        if self._fixed is not None:
+            raise RuntimeError(
+                f"{self._name}: reset_workspace_buffer() must come before the first plan() with "
+                f"use_cuda_graph, since a captured graph keeps its workspace. Make another wrapper"
+            )
         check_workspace(self._name, "float_workspace_buffer", float_workspace_buffer)
         check_workspace(self._name, "int_workspace_buffer", int_workspace_buffer)
         if float_workspace_buffer.device != self._device:
@@ -135,6 +149,26 @@ class AttentionWrapper(ABC):
                 f"Use a wrapper for each batch size"
             )
 
+    def _check_spec(self, spec: AttentionSpec, split_tokens: int) -> None:
+        """Refuse a plan() whose arguments this wrapper cannot take, or not any more.
+
+        A captured run() has these arguments inside it, and would go on with the first ones.
+        """
+        if self._fixed is None or (spec, split_tokens) == self._fixed:
+            return
+        wanted = planned_arguments(spec, split_tokens)
+        for name, first in planned_arguments(*self._fixed).items():
+            if wanted[name] != first:
+                raise ValueError(
+                    f"{name} is fixed at {first} by the first plan() with use_cuda_graph; "
+                    f"got {wanted[name]}. Make another wrapper for it"
+                )
+
+    def _check_staging(self, metadata: Mapping[str, torch.Tensor]) -> None:
+        """Check that all of `metadata` can be copied to the fixed buffers."""
+        for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
+            check_fits(name, buffer, tensor)
+
     def _stage(self, non_blocking: bool, **metadata: torch.Tensor) -> list[torch.Tensor]:
         """Bring tensors to where runs read them, on the device.
 
@@ -146,8 +180,6 @@ class AttentionWrapper(ABC):
                 to_device(name, tensor, self._device, non_blocking=non_blocking).contiguous()
                 for name, tensor in metadata.items()
             ]
-        for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
-            check_fits(name, buffer, tensor)  # all of them before any is overwritten
         for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
             fill(name, buffer, tensor, non_blocking=non_blocking)
         return list(self._buffers)
@@ -196,6 +228,8 @@ class AttentionWrapper(ABC):
         if step.num_tokens is None and num_tokens is not None:
             step = replace(step, num_tokens=num_tokens)
         self._plan = step
+        if self._use_cuda_graph and self._fixed is None:
+            self._fixed = (spec, split_tokens)
         self._layers = layers
         self._spec = spec
         heads = spec.num_qo_heads

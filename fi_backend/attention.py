@@ -17,7 +17,11 @@ __all__ = ["PagedAttention", "runtime_counters"]
 
 
 def runtime_counters() -> dict[str, int]:
-    """Count what native code has run in this process: {"attention_runs": n}."""
+    """Count what native code has run in this process: {"attention_runs": n}.
+
+    attention_runs: runs of a layer, counted in the native code that starts or launches them. On a
+    GPU the capture of a CUDA graph counts, its replays do not.
+    """
     return {"attention_runs": attention_kernels.call_count()}
 
 
@@ -55,8 +59,6 @@ class PagedAttention:
             raise UnsupportedError(f"PagedAttention: {reason}")
         self.spec = spec
         self._geometry = spec.geometry
-        self._heads = (spec.num_qo_heads,)
-        self._page_shape = (spec.page_size, spec.num_kv_heads)
         self._has_no_options = not (spec.alibi or spec.sinks or spec.custom_mask)
         self._kernels = attention_kernels.load(
             device_type=torch.device(device).type,
@@ -111,11 +113,11 @@ class PagedAttention:
         k, v = kv_cache
         is_direct = runs_directly("attention", q=q)
         self._check_options(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
-        if out is None or not is_direct or self._checked or not self._fits(plan, q, k):
+        if not is_direct or self._checked or not self._fits(plan, q, k):
             self._check_tensors(plan, q, k, v, out, lse)
         if out is None or return_lse:
             out, lse = self._outputs(plan, q, out, lse, return_lse)
-        batch = plan.batch
+        spec, geometry, batch = self.spec, self._geometry, plan.batch
         launch = self._kernels.run if is_direct else run_traced
         try:
             launch(
@@ -138,12 +140,12 @@ class PagedAttention:
                 mask_indptr=mask_indptr,
                 k_scale=k_scale,
                 v_scale=v_scale,
-                sm_scale=self.spec.sm_scale,
-                logits_soft_cap=self.spec.logits_soft_cap,
-                window_left=self._geometry.window_left,
-                causal=self._geometry.causal,
-                rope_scale=self.spec.rope_scale,
-                rope_theta=self.spec.rope_theta,
+                sm_scale=spec.sm_scale,
+                logits_soft_cap=spec.logits_soft_cap,
+                window_left=geometry.window_left,
+                causal=geometry.causal,
+                rope_scale=spec.rope_scale,
+                rope_theta=spec.rope_theta,
                 num_workers=plan.num_workers,
             )
         except (TypeError, ValueError):
@@ -154,12 +156,18 @@ class PagedAttention:
 
     def _fits(self, plan: Plan, q: torch.Tensor, k: torch.Tensor) -> bool:
         """Whether plan, q and cache are for this layer: what native code does not check."""
+        if plan.geometry is not self._geometry or not isinstance(k, torch.Tensor):
+            return False
+        # Index by index: one slice of a torch.Size costs as much as all of these reads.
+        spec, q_sizes, k_sizes = self.spec, q.shape, k.shape
         return (
-            plan.geometry is self._geometry
-            and isinstance(k, torch.Tensor)
-            and q.shape[1:2] == self._heads
-            and k.shape[1:3] == self._page_shape
-            and k.shape[0] >= plan.num_ragged_rows
+            len(q_sizes) == 3
+            and q_sizes[0] >= (plan.num_tokens or 0)
+            and q_sizes[1] == spec.num_qo_heads
+            and len(k_sizes) == 4
+            and k_sizes[0] >= plan.num_ragged_rows
+            and k_sizes[1] == spec.page_size
+            and k_sizes[2] == spec.num_kv_heads
         )
 
     def _check_tensors(
@@ -283,8 +291,10 @@ class PagedAttention:
         if out is None:
             shape = (rows, heads, self.spec.head_dim_vo)
             out = torch.empty(shape, dtype=self.spec.o_dtype, device=q.device)
-            out[first_padding:].zero_()
+            if first_padding < rows:
+                out[first_padding:].zero_()
         if lse is None and return_lse:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
-            lse[first_padding:] = float("-inf")
+            if first_padding < rows:
+                lse[first_padding:] = float("-inf")
         return out, lse

@@ -94,56 +94,56 @@ class PagedBatch:
         requests = self.num_requests
         check_tensor("qo_indptr", self.qo_indptr, shape=(requests + 1,), dtype=torch.int32)
         if self.block_table is not None:
-            self._check_block_table()
+            self._check_block_table(self.block_table, requests, device)
             return
-        self._check_csr()
+        self._check_csr(requests, device)
         if self.page_indices is None and page_size != 1:
             raise ValueError(
                 f"page_size must be 1 for a batch without page_indices; got {page_size}"
             )
 
-    def _check_block_table(self) -> None:
+    def _check_block_table(
+        self, block_table: torch.Tensor, requests: int, device: torch.device
+    ) -> None:
         if self.page_indptr is not None or self.page_indices is not None:
             raise ValueError("give block_table or page_indptr/page_indices, not both")
-        assert self.block_table is not None
         check_tensor(
             "block_table",
-            self.block_table,
+            block_table,
             shape=(None, None),
             dtype=torch.int32,
-            device=self.device,
+            device=device,
             last_dim_contiguous=True,
         )
-        rows = self.block_table.shape[0]
+        rows = block_table.shape[0]
         if self.request_rows is not None:
             check_tensor(
                 "request_rows",
                 self.request_rows,
-                shape=(self.num_requests,),
+                shape=(requests,),
                 dtype=(torch.int32, torch.int64),
-                device=self.device,
+                device=device,
             )
-            if self.device.type == "cpu" and self.num_requests:
+            if self.request_rows.is_cpu and requests:
                 low, high = int(self.request_rows.min()), int(self.request_rows.max())
                 if low < 0 or high >= rows:
                     raise ValueError(
                         f"request_rows must hold rows in [0, {rows}); got values in [{low}, {high}]"
                     )
-        elif rows < self.num_requests:
+        elif rows < requests:
             raise ValueError(
-                f"block_table must have a row for each of the {self.num_requests} requests; "
-                f"got {rows}"
+                f"block_table must have a row for each of the {requests} requests; got {rows}"
             )
 
-    def _check_csr(self) -> None:
+    def _check_csr(self, requests: int, device: torch.device) -> None:
         if self.page_indptr is None:
             raise ValueError("give block_table or page_indptr; got neither")
         check_tensor(
             "page_indptr",
             self.page_indptr,
-            shape=(self.num_requests + 1,),
+            shape=(requests + 1,),
             dtype=torch.int32,
-            device=self.device,
+            device=device,
         )
         if self.page_indices is not None:
             check_tensor(
@@ -151,5 +151,5 @@ class PagedBatch:
                 self.page_indices,
                 shape=(None,),
                 dtype=torch.int32,
-                device=self.device,
+                device=device,
             )

@@ -13,6 +13,7 @@ from fi_backend._arguments import (
     check_layout,
     combine_scales,
     layer_spec,
+    planned_arguments,
     refuse,
     split_paged_cache,
     to_dtype,
@@ -254,23 +255,15 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             "window_left": window_left,
         }
 
-    def _plan_batch(self, spec: AttentionSpec, batch: PagedBatch, **kwargs: Any) -> None:
-        rotates = "ROPE_LLAMA" if spec.rope_theta > 0 else "NONE"
-        planned = {
-            "pos_encoding_mode": "ALIBI" if spec.alibi else rotates,
-            "q_data_type": spec.q_dtype,
-            "kv_data_type": spec.kv_dtype,
-            "head_dim_qk": spec.head_dim_qk,
-            "head_dim_vo": spec.head_dim_vo,
-            "window_left": spec.window_left,
-        }
+    def _check_spec(self, spec: AttentionSpec, split_tokens: int) -> None:
+        planned = planned_arguments(spec, split_tokens)
         for name, promised in self._promised.items():
             if planned[name] != promised:
                 raise ValueError(
                     f"{name} of plan() must be what the constructor was given, {promised}; "
                     f"got {planned[name]}"
                 )
-        super()._plan_batch(spec, batch, **kwargs)
+        super()._check_spec(spec, split_tokens)
 
     def _take_extra(
         self, args: tuple[Any, ...], sinks: torch.Tensor | None

@@ -7,12 +7,14 @@ their softmax weights. A state that saw no key has s = -inf and no influence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fi_backend._arguments import PagedCache
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
 from fi_backend._merge import merge_state, merge_state_in_place, merge_states
+from fi_backend._prefill_options import PrefillOptions
 from fi_backend._shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
@@ -158,27 +160,26 @@ class MultiLevelCascadeAttentionWrapper:
             raise ValueError(
                 f"qo_indptr_arr must cover the same rows on every level; got last entries {rows}"
             )
-        for i, level in enumerate(self._levels):
-            level.plan(
-                qo_indptr_arr[i],
-                paged_kv_indptr_arr[i],
-                paged_kv_indices_arr[i],
-                paged_kv_last_page_len[i],
-                num_qo_heads,
-                num_kv_heads,
-                head_dim,
-                page_size,
-                causal=causal and i == num_levels - 1,
-                pos_encoding_mode=pos_encoding_mode,
-                use_fp16_qk_reduction=use_fp16_qk_reduction,
-                sm_scale=sm_scale,
-                window_left=window_left,
-                logits_soft_cap=logits_soft_cap,
-                rope_scale=rope_scale,
-                rope_theta=rope_theta,
-                q_data_type=q_data_type,
-                kv_data_type=kv_data_type,
+        options = PrefillOptions(
+            pos_encoding_mode=pos_encoding_mode,
+            sm_scale=sm_scale,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+            q_data_type=q_data_type,
+            kv_data_type=kv_data_type,
+        )
+        heads = (num_qo_heads, num_kv_heads, head_dim)
+        tables = zip(paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, strict=True)
+        steps = []  # of all levels, before the first of them copies to its fixed buffers
+        for i, (level, table) in enumerate(zip(self._levels, tables, strict=True)):
+            of_level = replace(options, causal=causal and i == num_levels - 1)
+            steps.append(
+                level._check_arguments(of_level, qo_indptr_arr[i], table, heads, page_size)
             )
+        for level, step in zip(self._levels, steps, strict=True):
+            level._plan_step(step)
 
     begin_forward = plan
 

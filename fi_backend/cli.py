@@ -78,6 +78,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     for name, (_, kind, text) in _DIMS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     group.add_argument("--kv-cache-dtype", help="auto, or fp8_e4m3 or fp8_e5m2")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.set_defaults(model_required=required)
 
 
@@ -97,7 +98,7 @@ def _specs(arguments: argparse.Namespace) -> list[KernelSpec]:
     if config is not None:
         from fi_backend import warmup
 
-        return warmup.specs_for_model(config)
+        return warmup.specs_for_model(config, arguments.device)
     if arguments.model_required:
         raise ValueError(
             "which kernels? pass --model CONFIG, or dims such as --num-qo-heads 32 "

@@ -68,12 +68,21 @@ def _partial_floats(
 # threads are never equally fast, and two halves take as long as the slower one.
 _PIECES_PER_THREAD = 4
 
+# By GPU: torch takes more than a microsecond to say how many multiprocessors one has.
+_gpu_workers: dict[torch.device, int] = {}
+
 
 def default_workers(device: torch.device) -> int:
     """Pieces for the threads of a CPU, or the few-row kernel's thread blocks that a GPU holds."""
-    if device.type == "cuda":
-        return 3 * torch.cuda.get_device_properties(device).multi_processor_count
-    return _PIECES_PER_THREAD * torch.get_num_threads()
+    workers = _gpu_workers.get(device)
+    if workers is not None:
+        return workers
+    if device.type != "cuda":
+        return _PIECES_PER_THREAD * torch.get_num_threads()
+    workers = 3 * torch.cuda.get_device_properties(device).multi_processor_count
+    if device.index is not None:  # "cuda" alone is the current device, which changes
+        _gpu_workers[device] = workers
+    return workers
 
 
 def workspace_bytes(
@@ -153,15 +162,13 @@ def plan(
         _check_arguments(spec, device, workspace, workers, split_tokens)
         partials = workspace.partials(_partial_floats(spec, device, workers, split_tokens))
     batch.validate(spec.page_size)
-    on_host = device.type == "cpu"
+    on_host = batch.qo_indptr.is_cpu
     num_tokens = _check_values(batch, spec.page_size) if on_host else None
 
-    planner = host_plan if on_host else device_plan
-    ints = planner.plan_buffer_ints(max_reqs=batch.num_requests, num_workers=workers)
-    if into is not None and into.buffer.numel() >= ints and into.buffer.device == device:
+    if into is not None and repeats and batch.num_requests <= into.batch.num_requests:
         buffer = into.buffer
     else:
-        buffer = torch.empty(ints, dtype=torch.int32, device=device)
+        buffer = _buffer(into, batch, workers)
     make_plan = host_plan.host_plan if on_host else device_plan.device_plan
     make_plan(
         plan_buffer=buffer,
@@ -189,6 +196,16 @@ def plan(
         num_tokens=num_tokens,
         num_ragged_rows=batch.num_ragged_rows if on_host else 0,
     )
+
+
+def _buffer(into: Plan | None, batch: PagedBatch, workers: int) -> torch.Tensor:
+    """Return the buffer of `into` if the batch's plan fits there, else a new one."""
+    device = batch.device
+    planner = host_plan if device.type == "cpu" else device_plan
+    ints = planner.plan_buffer_ints(max_reqs=batch.num_requests, num_workers=workers)
+    if into is not None and into.buffer.numel() >= ints and into.buffer.device == device:
+        return into.buffer
+    return torch.empty(ints, dtype=torch.int32, device=device)
 
 
 def _check_arguments(

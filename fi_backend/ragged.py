@@ -10,7 +10,6 @@ from fi_backend._arguments import PagedCache, ragged_cache, refuse
 from fi_backend._page_table import check_indptr, check_lens
 from fi_backend._prefill_options import PrefillOptions
 from fi_backend._prefill_wrapper import PrefillWrapper
-from fi_backend.batch import PagedBatch
 
 __all__ = ["BatchPrefillWithRaggedKVCacheWrapper"]
 
@@ -26,8 +25,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             replaced by memory of the wrapper's own, so it cannot overflow.
         kv_layout: "NHD" or "HND".
         use_cuda_graph: plan() copies into the buffers below, whose sizes fix the batch size; the
-            first plan() fixes the most rows. A run() that a CUDA graph has captured then follows
-            every later plan().
+            first plan() fixes the most rows, and all its arguments but offsets, page table and
+            what a mask holds. A run() that a CUDA graph has captured then follows later plans.
         qo_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         kv_indptr_buf: int32 [batch_size + 1], with use_cuda_graph.
         custom_mask_buf: uint8 [most mask bytes], with use_cuda_graph and custom masks; one byte
@@ -135,15 +134,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         check_lens("v_indptr", v_indptr, kv_indptr, "kv_indptr")
         check_lens("o_indptr", o_indptr, qo_indptr, "qo_indptr")
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim_qk, page_size=1)
-        if self._buffers:
-            self._check_batch_size(batch_size, self._buffers[1].shape[0] - 1)
-            self._check_capacity(None if qo_lens is None else int(qo_lens.sum()))
-        qo_indptr, kv_indptr = self._stage(
-            options.non_blocking, qo_indptr=qo_indptr, kv_indptr=kv_indptr
-        )
-        lens = kv_indptr[1:] - kv_indptr[:-1] if kv_lens is None else kv_lens
-        batch = PagedBatch(qo_indptr, self._stage_lens(lens), page_indptr=kv_indptr)
-        self._plan_step(options, spec, batch, qo_lens, kv_lens)
+        metadata = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr}
+        lens = kv_indptr.diff() if kv_lens is None else kv_lens
+        self._plan_step(self._check_step(options, spec, metadata, qo_lens, lens))
         self._num_keys = num_keys
 
     begin_forward = plan

@@ -1,25 +1,28 @@
-"""Which kernels a model needs, told from its config.json or from bare dimensions."""
+"""Which kernels a model needs, told from its layers, its config.json or bare dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from fi_backend.jit import KernelSpec
+from fi_backend.errors import UnsupportedError
+from fi_backend.jit import KernelSpec, build
 from fi_backend.kernels import (
     activation,
     append_kv,
     attention,
+    device_plan,
     host_plan,
     merge,
     norm,
     rope,
+    rope_append,
 )
 from fi_backend.spec import AttentionSpec, supports
 
-__all__ = ["specs_for_model"]
+__all__ = ["attention_kernels", "compile_kernels", "specs_for_model"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -37,13 +40,64 @@ _CACHE_DTYPES = _DTYPES | {
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
-def specs_for_model(config: Mapping[str, Any]) -> list[KernelSpec]:
-    """List the CPU kernels that serve a model.
+def compile_kernels(layers: Iterable[AttentionSpec], device: torch.device | str = "cpu") -> None:
+    """Compile what attention layers need and is not on disk yet, all of it in parallel.
+
+    Whatever first needs a kernel compiles it too, but then one after the other: the planner, the
+    attention of a layer, the write to its cache.
+
+    Args:
+        layers: the layers, in any number.
+        device: where they run.
+
+    Raises:
+        UnsupportedError: a layer is not supported; the message says what is.
+        BuildError, ToolchainError: see fi_backend.jit.build.
+    """
+    layers = list(layers)
+    device_type = torch.device(device).type
+    for layer in layers:
+        reason = supports(layer, device_type)
+        if reason is not None:
+            raise UnsupportedError(f"compile_kernels: {reason}")
+    if layers:
+        build(attention_kernels(layers, device_type))
+
+
+def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list[KernelSpec]:
+    """List the kernels that plan and run attention layers and write their cache.
+
+    Args:
+        layers: layers that `device_type` supports.
+        device_type: "cpu" or "cuda".
+    """
+    on_gpu = device_type == "cuda"
+    specs = [device_plan.plan_spec() if on_gpu else host_plan.plan_spec()]
+    for layer in layers:
+        specs += attention.attention_specs(
+            device_type=device_type,
+            q_dtype=layer.q_dtype,
+            kv_dtype=layer.kv_dtype,
+            o_dtype=layer.o_dtype,
+            head_dim_qk=layer.head_dim_qk,
+            head_dim_vo=layer.head_dim_vo,
+        )
+        specs.append(
+            append_kv.append_cuda_spec(layer.q_dtype, layer.kv_dtype)
+            if on_gpu
+            else append_kv.append_spec()
+        )
+    return list(dict.fromkeys(specs))
+
+
+def specs_for_model(config: Mapping[str, Any], device_type: str = "cpu") -> list[KernelSpec]:
+    """List the kernels that serve a model.
 
     Args:
         config: keys of a Hugging Face config.json: `num_attention_heads`, `num_key_value_heads`,
             `head_dim` or `hidden_size`, `torch_dtype` or `dtype`; and `kv_cache_dtype` ("auto",
             "fp8_e4m3", "fp8_e5m2" or a dtype of _DTYPES).
+        device_type: "cpu" or "cuda".
 
     Raises:
         ValueError: a dimension is missing or the kernels do not support it.
@@ -51,34 +105,38 @@ def specs_for_model(config: Mapping[str, Any]) -> list[KernelSpec]:
     text = _text_config(config)
     dtype = _dtype(text, config)
     kv_dtype = _cache_dtype(config.get("kv_cache_dtype") or "auto", dtype)
-    specs = [host_plan.plan_spec()]
-    for head_dim in _head_dims(text):
-        spec = AttentionSpec(
+    layers = [
+        AttentionSpec(
             num_qo_heads=text.get("num_attention_heads") or 1,
             num_kv_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or 1,
             head_dim_qk=head_dim,
             q_dtype=dtype,
             kv_dtype=kv_dtype,
         )
-        reason = supports(spec)
+        for head_dim in _head_dims(text)
+    ]
+    for layer in layers:
+        reason = supports(layer, device_type)
         if reason is not None:
             raise ValueError(f"this model is not supported: {reason}")
-        types: dict[str, Any] = {
-            "q_dtype": dtype,
-            "kv_dtype": kv_dtype,
-            "o_dtype": dtype,
-            "head_dim_qk": head_dim,
-            "head_dim_vo": head_dim,
-        }
-        specs += attention.attention_specs(**types)
-    specs += [
-        append_kv.append_spec(),
+    specs = attention_kernels(layers, device_type)
+    if device_type == "cuda":
+        return [
+            *specs,
+            merge.merge_cuda_spec(dtype, dtype),
+            norm.rmsnorm_cuda_spec(dtype),
+            norm.layernorm_cuda_spec(dtype),
+            rope.rope_cuda_spec(dtype),
+            activation.activation_cuda_spec(dtype),
+            rope_append.rope_append_cuda_spec(dtype, kv_dtype),
+        ]
+    return [
+        *specs,
         merge.merge_spec(dtype, dtype),
         norm.norm_spec(dtype),
         rope.rope_spec(dtype),
         activation.activation_spec(dtype),
     ]
-    return specs
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

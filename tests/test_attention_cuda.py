@@ -108,6 +108,25 @@ def test_a_captured_step_plans_anew_for_other_lengths_and_pages() -> None:
     assert torch.equal(out, PagedAttention(SPEC, "cuda").run(plan_again, q, kv))
 
 
+def test_a_run_counts_when_it_is_launched_or_captured() -> None:
+    q, kv, batch = to_gpu(make_case(SPEC))
+    plan, layer = fi_backend.plan(SPEC, batch, Workspace("cuda")), PagedAttention(SPEC, "cuda")
+    out = torch.empty_like(q)
+
+    def runs() -> int:
+        return fi_backend.runtime_counters()["attention_runs"]
+
+    before = runs()
+    for _ in range(3):
+        layer.run(plan, q, kv, out=out)
+    assert runs() == before + 3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run(plan, q, kv, out=out)
+    graph.replay()
+    assert runs() == before + 4
+
+
 def test_bad_arguments_are_named() -> None:
     q, (k, v), batch = to_gpu(make_case(SPEC))
     plan = fi_backend.plan(SPEC, batch, Workspace("cuda"))

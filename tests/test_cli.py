@@ -51,8 +51,8 @@ def configs(monkeypatch: pytest.MonkeyPatch, specs: list[KernelSpec]) -> list[di
     """Replace the model -> specs table; returns the configs it was asked for."""
     asked: list[dict] = []
 
-    def specs_for_model(config: dict) -> list[KernelSpec]:
-        asked.append(config)
+    def specs_for_model(config: dict, device_type: str) -> list[KernelSpec]:
+        asked.append(config if device_type == "cpu" else {**config, "device": device_type})
         return specs
 
     module = types.ModuleType("fi_backend.warmup")
@@ -124,6 +124,8 @@ def test_warmup_reads_a_config_file_and_options_win(
     for model in (tmp_path, tmp_path / "config.json"):
         assert run("warmup", "--model", str(model), "--head-dim", "128")[0] == 0
         assert configs[-1] == {"head_dim": 128, "hidden_size": 256}
+    assert run("warmup", "--head-dim", "64", "--device", "cuda")[0] == 0
+    assert configs[-1] == {"head_dim": 64, "device": "cuda"}
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,10 @@ def test_graph_mode_fixes_sizes() -> None:
     tall = make_case([7, 2], [30, 5])
     with pytest.raises(ValueError, match=r"rows in qo_indptr 9 .* cannot exceed .* 8"):
         plan_prefill(wrapper, tall, tall.paged(4), 4)
+    unmasked = prefill_wrapper(use_cuda_graph=True, **prefill_buffers(2, 14))
+    mask = torch.ones(190, dtype=torch.bool)
     with pytest.raises(ValueError, match="custom_mask_buf must be initialized"):
-        plan_prefill(wrapper, case, case.paged(4), 4, custom_mask=torch.ones(190, dtype=torch.bool))
+        plan_prefill(unmasked, case, case.paged(4), 4, custom_mask=mask)
     with pytest.raises(ValueError, match=r"qo_indptr_buf should be a torch\.Tensor"):
         prefill_wrapper(use_cuda_graph=True)
     wrong = {**prefill_buffers(2, 14), "paged_kv_last_page_len_buf": int32([0])}

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from fi_backend import AttentionSpec, compile_kernels, warmup
+from fi_backend.errors import UnsupportedError
+from fi_backend.jit import KernelSpec
 from fi_backend.warmup import specs_for_model
 
 LLAMA: dict[str, Any] = {
@@ -37,6 +41,46 @@ def test_the_cache_dtype_and_nested_configs_are_followed() -> None:
 def test_every_head_size_of_a_hybrid_model_is_built() -> None:
     hybrid = names(LLAMA | {"head_dim": 64, "global_head_dim": 128})
     assert sum(name.startswith("decode") for name in hybrid) == 2
+
+
+def test_kernels_for_a_gpu() -> None:
+    config = LLAMA | {"kv_cache_dtype": "fp8_e4m3"}
+    specs = specs_for_model(config, "cuda")
+    assert {spec.target for spec in specs} == {"cuda"}
+    assert {spec.name for spec in specs} == {
+        "plan_cuda",
+        "decode_cuda_bf16_e4m3_bf16_d128x128",
+        "prefill_cuda_bf16_e4m3_bf16_d128x128",
+        "append_cuda_bf16_e4m3",
+        "merge_cuda_bf16_bf16",
+        "rmsnorm_cuda_bf16_bf16",
+        "layernorm_cuda_bf16_bf16",
+        "rope_cuda_bf16",
+        "activation_cuda_bf16",
+        "rope_append_cuda_bf16_e4m3",
+    }
+    with pytest.raises(ValueError, match=r"q_dtype must be one of .* on cuda"):
+        specs_for_model(LLAMA | {"torch_dtype": "float32"}, "cuda")
+
+
+def layer(head_dim: int, **options: Any) -> AttentionSpec:
+    return AttentionSpec(
+        num_qo_heads=4, num_kv_heads=2, head_dim_qk=head_dim, q_dtype=torch.bfloat16, **options
+    )
+
+
+def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[list[KernelSpec]] = []
+    monkeypatch.setattr(warmup, "build", builds.append)
+    layers = [layer(64), layer(128), layer(64, window_left=7), layer(64, page_size=32)]
+    compile_kernels(layers, "cuda")
+    (specs,) = builds
+    families = sorted(spec.name.split("_")[0] for spec in specs)
+    assert families == ["append", "decode", "decode", "plan", "prefill", "prefill"]
+    compile_kernels([], "cuda")
+    with pytest.raises(UnsupportedError, match="compile_kernels: head_dim_qk must be a multiple"):
+        compile_kernels([layer(64), layer(40)], "cuda")
+    assert len(builds) == 1
 
 
 @pytest.mark.parametrize(

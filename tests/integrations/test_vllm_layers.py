@@ -97,13 +97,15 @@ def make_builder(
     dtype: torch.dtype = DTYPE,
     device: str = "cpu",
     max_num_seqs: int = 8,
+    other_groups: dict[str, Any] | None = None,
 ) -> Any:
     from fi_backend.integrations.vllm.builder import FIMetadataBuilder
 
     spec = spec or vllm("v1.kv_cache_interface").FullAttentionSpec(
         block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=dtype
     )
-    layers = {name: SimpleNamespace(impl=impl) for name, impl in impls.items()}
+    every = {**impls, **(other_groups or {})}
+    layers = {name: SimpleNamespace(impl=impl) for name, impl in every.items()}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers),
         model_config=SimpleNamespace(dtype=dtype),
@@ -299,6 +301,28 @@ def test_steps_plan_into_the_same_memory(vllm: Load) -> None:
     later = make_builder(vllm, {"wide": FIAttentionImpl(2, 256, SCALE, 1)}, wide)
     assert addresses() == first
     assert later.build(0, step.common).plans
+
+
+def test_the_first_builder_compiles_for_every_group_at_once(
+    vllm: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fi_backend.integrations.vllm.impl import FIAttentionImpl
+
+    builds: list[Any] = []
+    monkeypatch.setattr("fi_backend.warmup.build", builds.append)
+    other = {"other": FIAttentionImpl(2, 128, SCALE, 1)}
+    make_builder(vllm, {"layer": make_impl()}, other_groups=other)
+    (specs,) = builds
+    names = sorted(spec.name.removesuffix("_cpu") for spec in specs)
+    types = "cpu_f32_f32_f32"
+    assert names == [
+        "append",
+        f"decode_{types}_d128x128",
+        f"decode_{types}_d64x64",
+        "plan",
+        f"prefill_{types}_d128x128",
+        f"prefill_{types}_d64x64",
+    ]
 
 
 def test_more_requests_than_reserved_are_served(vllm: Load) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec as KVCacheSpec
 from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 
-from fi_backend import AttentionSpec
+from fi_backend import AttentionSpec, compile_kernels
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
 from fi_backend.integrations.vllm.impl import FIAttentionImpl, attention_for, geometry_key
@@ -18,6 +19,11 @@ from fi_backend.integrations.vllm.metadata import FIMetadata, to_batch
 from fi_backend.integrations.vllm.reservation import Reservation
 
 __all__ = ["FIMetadataBuilder"]
+
+
+def _ours(layers: Iterable[Any]) -> list[FIAttentionImpl]:
+    impls = (getattr(layer, "impl", None) for layer in layers)
+    return [impl for impl in impls if isinstance(impl, FIAttentionImpl)]
 
 
 class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
@@ -46,8 +52,9 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
         impls = self._impls()
         self._num_layers = len(impls)
         self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
+        compile_kernels(self._model_specs(), device)
         for spec in self._specs[not self._encoder_only].values():
-            attention_for(spec, device)  # compiles or loads the kernels before the first step
+            attention_for(spec, device)  # loads the kernels before the first step
         self._reservation = Reservation(
             {key: spec for specs in self._specs.values() for key, spec in specs.items()},
             device,
@@ -57,8 +64,22 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
 
     def _impls(self) -> list[FIAttentionImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
-        impls = (getattr(layers.get(name), "impl", None) for name in self.layer_names)
-        return [impl for impl in impls if isinstance(impl, FIAttentionImpl)]
+        return _ours(layers.get(name) for name in self.layer_names)
+
+    def _model_specs(self) -> list[AttentionSpec]:
+        """What the kernels of all our layers depend on, those of other groups included."""
+        if self.vllm_config.model_config is None:
+            return []
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return [
+            impl.spec(
+                q_dtype=self.vllm_config.model_config.dtype,
+                page_size=1,
+                head_dim_vo=impl.head_size,
+                causal=True,
+            )
+            for impl in _ours(layers.values())
+        ]
 
     def _distinct_specs(
         self, impls: list[FIAttentionImpl], causal: bool

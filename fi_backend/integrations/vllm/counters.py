@@ -29,9 +29,9 @@ def read() -> dict[str, int]:
 
     "group_steps" and "layer_steps" are counted where steps are planned: of groups of layers, and of
     single layers. "layer_calls" are calls of a layer, which a CUDA graph makes once, when it is
-    captured: a step that replays one counts in layer_steps alone. "attention_runs" is counted
-    inside the native entry point of the CPU kernels, once per layer and step. So on the CPU
-    attention_runs == layer_calls == layer_steps where every planned layer ran on our kernels.
+    captured: a step that replays one counts in layer_steps alone. "attention_runs" is counted in
+    native code, where it runs a layer or launches its kernels. So attention_runs == layer_calls
+    where every call ran on our kernels, and both are layer_steps where there are no graphs.
     """
     return {
         **runtime_counters(),

@@ -2,18 +2,10 @@
 #pragma once
 
 #include <bindings/attention_checks.h>
+#include <bindings/run_count.h>
 #include <fi_backend/attention/cpu/run_line.h>
 
-#include <atomic>
-
 namespace fi::bindings {
-
-// Layers run, counted for the life of the module.
-inline std::atomic<int64_t>& attention_runs() {
-  static std::atomic<int64_t> count{0};
-  return count;
-}
-inline int64_t attention_call_count() { return attention_runs().load(); }
 
 inline void check_plan_field(const char* name, int64_t planned, int64_t wanted) {
   if (planned != wanted) {
@@ -70,7 +62,7 @@ bool run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
   if (plan.has_work[Traits::kLine]) {
     // A plan with work in both lines is one run of the layer: its first line counts it.
     if (Traits::kLine == kFewRows || !plan.has_work[kFewRows]) {
-      attention_runs().fetch_add(1, std::memory_order_relaxed);
+      count_attention_run();
     }
     cpu::run_line<Traits>(params, plan);
   }

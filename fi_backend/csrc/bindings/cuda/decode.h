@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bindings/cuda/attention.h>
+#include <bindings/run_count.h>
 #include <fi_backend/attention/few_rows_launch.h>
 #include <fi_backend/attention/few_rows_shape.h>
 
@@ -29,7 +30,10 @@ struct DecodeTraits {
                             cudaStream_t stream) {
     const FewRowsLaunch few = {launch.num_reqs, launch.num_workers, launch.num_rows,
                                launch.partial_floats, launch.enable_pdl};
-    return launch_few_rows(params, few, stream);
+    const cudaError_t status = launch_few_rows(params, few, stream);
+    // Every run of a layer launches this kernel, whether or not the plan has work for it.
+    if (status == cudaSuccess) count_attention_run();
+    return status;
   }
 };
 

@@ -1,0 +1,69 @@
+"""Cold JIT of CUDA kernels: seconds from an empty cache to modules that load, in one build.
+
+It needs nvcc but no GPU: where there is none, FI_BACKEND_CUDA_ARCH_LIST says what to compile for. A
+row's `us` is the time of the build, `modules` how many it made. Commands run on all cores, or on as
+many as MAX_JOBS says.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.report import Row, print_row
+from fi_backend.jit import KernelSpec, build
+from fi_backend.kernels import merge
+from fi_backend.spec import AttentionSpec
+from fi_backend.warmup import attention_kernels
+
+
+def cells() -> dict[str, list[KernelSpec]]:
+    """Return the modules of every cell, all for bf16 and heads of 128."""
+    layer = AttentionSpec(
+        num_qo_heads=32, num_kv_heads=8, head_dim_qk=128, q_dtype=torch.bfloat16, page_size=16
+    )
+    engine = attention_kernels([layer], "cuda")
+    decode = [spec for spec in engine if not spec.name.startswith("prefill")]
+    return {
+        "plan, decode, append, merge": [*decode, merge.merge_cuda_spec(*[torch.bfloat16] * 2)],
+        "plan, decode, append, prefill": engine,
+    }
+
+
+@contextmanager
+def empty_cache() -> Iterator[None]:
+    """Let the JIT see no compiled kernel."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["FI_BACKEND_CACHE_DIR"] = directory
+        os.environ.pop("FI_BACKEND_AOT_DIR", None)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def run(pattern: str, seconds: float) -> list[Row]:
+    """Build the cells whose names contain `pattern`, once each; `seconds` is not used."""
+    rows = []
+    for name, specs in cells().items():
+        if pattern not in name:
+            continue
+        start = time.perf_counter()
+
+        def report(done: int, total: int, what: str, start: float = start) -> None:
+            print(f"  {time.perf_counter() - start:5.1f} s  {done}/{total} {what}", flush=True)
+
+        with empty_cache():
+            made = build(specs, progress=report)
+        us = (time.perf_counter() - start) * 1e6
+        assert len(made.built) == len(specs), "a kernel was there already"
+        rows.append(Row(name, "fi_backend", us, "modules", len(made.built), 0.0))
+        print_row(rows[-1], us)
+    return rows

@@ -1,0 +1,140 @@
+"""An engine in a process of its own that stays up, and takes one batch after the other.
+
+Parent and child speak JSON, a line for each request and each answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import REPOSITORY
+from e2e import workloads
+from e2e.harness import ENVIRONMENT
+from e2e.workloads import Workload
+
+__all__ = ["Answer", "Engine", "serve"]
+
+Answer = dict[str, Any]
+_SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it would be compiled for a minute
+# What an engine that does not compile captures: steps of decodes, from the model as it is.
+_WITHOUT_COMPILING = {
+    "mode": 0,
+    "cudagraph_mode": "FULL_DECODE_ONLY",
+    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256],
+}
+
+
+class Engine:
+    """The parent's side.
+
+    Args:
+        folder: the model's.
+        dtype: of weights and activations.
+        backend: as a user asks for it; None asks for nothing.
+        arguments: more arguments of vllm.LLM.
+        log: file for what the engine prints.
+        environment: more variables of the process.
+        compiles: use torch.compile; where steps are eager, nothing is compiled anyway.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        backend: str | None,
+        arguments: dict[str, Any],
+        log: Path,
+        environment: dict[str, str],
+        *,
+        compiles: bool,
+    ) -> None:
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
+        variables = {**os.environ, **ENVIRONMENT, **_SAMPLER, "PYTHONPATH": path, **environment}
+        if compiles:
+            del variables["TORCHDYNAMO_DISABLE"]
+        elif not arguments.get("enforce_eager"):
+            arguments = {**arguments, "compilation_config": _WITHOUT_COMPILING}
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "e2e.throughput", "--serve"],
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+        task = {"model": str(folder), "dtype": dtype, "attention_backend": backend, **arguments}
+        self._send(task)
+
+    def wait(self) -> None:
+        """Wait until the engine is ready.
+
+        Raises:
+            RuntimeError: it has ended instead, as in all methods; the message is its log's tail.
+        """
+        self._answer()
+
+    def warm_up(self, workload: Workload) -> None:
+        """Run a small batch for the model of this workload."""
+        self._send({"workload": workload.name, "round": -1, "is_small": True})
+        self._answer()
+
+    def run(self, workload: Workload, number: int) -> Answer:
+        """Run a round; return its `seconds`, its `tokens`, and our `counters` so far."""
+        self._send({"workload": workload.name, "round": number, "is_small": False})
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> Answer:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                answer: Answer = json.loads(line.removeprefix("ANSWER "))
+                return answer
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"the engine process ended with {self._process.wait()}:\n{tail}")
+
+
+def serve(requests: Iterable[str]) -> None:
+    """Child process: build the engine that the first line describes, run a batch per line."""
+    import vllm
+
+    from e2e.engine import EXTENSION, run_batch
+
+    lines = iter(requests)
+    engine = vllm.LLM(
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        worker_extension_cls=EXTENSION,
+        **json.loads(next(lines)),
+    )
+    print("ANSWER {}", flush=True)
+    for line in lines:
+        request = json.loads(line)
+        workload, number = workloads.find(request["workload"]), request["round"]
+        batch = workload.requests(number)
+        if request["is_small"]:
+            batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
+        elif workload.prefix is not None:
+            run_batch(engine, {"prompts": [workload.prefix(number)], "max_tokens": 1})
+        prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
+        result = run_batch(engine, {"prompts": prompts, "max_tokens": lengths})
+        counters = engine.collective_rpc("fi_backend_counters")[0]
+        answer = {key: result[key] for key in ("seconds", "tokens")}
+        print("ANSWER", json.dumps({**answer, "counters": counters}), flush=True)
