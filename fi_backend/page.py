@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fi_backend._page_ops import APPEND_POSITIONS, APPEND_SLOTS, BATCH_POSITIONS
+from fi_backend._page_ops import APPEND_POSITIONS, APPEND_SLOTS, BATCH_POSITIONS, unbind_cache
 from fi_backend.torch_ops import runs_directly
 
 __all__ = [
@@ -20,8 +20,6 @@ __all__ = [
     "get_batch_indices_positions",
     "get_seq_lens",
 ]
-
-_LAYOUTS = ("NHD", "HND")
 
 
 def append_to_cache(
@@ -116,19 +114,7 @@ def append_paged_kv_cache(
         ValueError: a shape, stride or device is not allowed, or a row has no place in the cache.
             (On CUDA such a row is skipped.)
     """
-    if kv_layout not in _LAYOUTS:
-        raise ValueError(f"kv_layout must be one of {', '.join(_LAYOUTS)}; got {kv_layout!r}")
-    if isinstance(paged_kv_cache, torch.Tensor):
-        if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
-            raise ValueError(
-                "paged_kv_cache must have shape [num_pages, 2, ...] with 5 dimensions, or be a "
-                f"pair of tensors; got {list(paged_kv_cache.shape)}"
-            )
-        k_cache, v_cache = paged_kv_cache.unbind(1)
-    else:
-        k_cache, v_cache = paged_kv_cache
-    if kv_layout == "HND":
-        k_cache, v_cache = k_cache.transpose(-3, -2), v_cache.transpose(-3, -2)
+    k_cache, v_cache = unbind_cache(paged_kv_cache, kv_layout)
     _append_positions(
         "append_paged_kv_cache",
         append_key,

@@ -1,8 +1,14 @@
 """Rotary position embedding with FlashInfer's calls.
 
 q [num_tokens, num_qo_heads, head_dim] and k [num_tokens, num_kv_heads, head_dim] are float32,
-float16 or bfloat16 with a contiguous last dimension, on the CPU. Angles are reduced in float64,
-the rotation is in float32 and its result is rounded once. Index tensors are int32 or int64.
+float16 or bfloat16 with a contiguous last dimension, on the CPU or on CUDA, all tensors of a call
+on one device. Angles are reduced in float64, the rotation is in float32 and its result is rounded
+once. Index tensors are int32 or int64.
+
+On CUDA a call is one launch on the current stream, and may be captured in a graph once a call with
+the same dtype has compiled or loaded the kernel. It never waits for the device, so no value in a
+tensor raises an error: tokens that no request owns, or whose position is not in the cos-sin cache,
+are not written. Offsets in `indptr` must rise.
 """
 
 from __future__ import annotations
@@ -99,7 +105,8 @@ def apply_rope(
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
-        ValueError: a shape, stride, device, index or number is not allowed.
+        ValueError: a shape, stride, device, index or number is not allowed. (On CUDA indices are
+            not looked at.)
     """
     tokens = {"indptr": indptr, "offsets": offsets}
     scaling = (rope_scale, rope_theta)
@@ -261,6 +268,7 @@ def apply_rope_with_cos_sin_cache(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
         ValueError: a shape, stride, device or position is not allowed, or the cache not float32.
+            (On CUDA positions are not looked at.)
     """
     directly = _check_cache(positions, query, key, cos_sin_cache)
     query_rope, key_rope = torch.empty_like(query), torch.empty_like(key)

@@ -8,16 +8,29 @@ from dataclasses import replace
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels import append_kv, attention_cuda, device_plan, merge
-from fi_backend.kernels.functions import cuda_spec
+from fi_backend.kernels import (
+    activation,
+    append_kv,
+    attention_cuda,
+    device_plan,
+    merge,
+    norm,
+    rope,
+    rope_append,
+)
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+INT8 = torch.int8
+
+FLOATS = (BF16, F16, F32)
 
 # What tests and CI compile: each dtype, each conversion that differs, no full cross product.
 MERGE_DTYPES = [(BF16, BF16), (F16, F16), (F32, BF16)]
 APPEND_DTYPES = [(BF16, BF16), (F16, E4M3), (BF16, E5M2)]
 RMSNORM_DTYPES = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, E4M3)]
+LAYERNORM_DTYPES = [(BF16, BF16), (F32, F32), (F16, INT8)]
+ROPE_APPEND_DTYPES = [(BF16, BF16), (F16, E4M3), (F32, F32)]
 
 
 def merge_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
@@ -34,7 +47,37 @@ def append_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> Kerne
 
 def rmsnorm_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
     """Return the RMS norm module of (input, output) dtypes."""
-    spec = cuda_spec("rmsnorm", {"in": dtypes[0], "out": dtypes[1]})
+    return _norm_spec(norm.rmsnorm_cuda_spec, dtypes, tag)
+
+
+def layernorm_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
+    """Return the layer norm module of (input, output) dtypes."""
+    return _norm_spec(norm.layernorm_cuda_spec, dtypes, tag)
+
+
+def _norm_spec(
+    builder: Callable[..., KernelSpec], dtypes: tuple[torch.dtype, torch.dtype], tag: str
+) -> KernelSpec:
+    dtype, out_dtype = dtypes
+    spec = builder(dtype, None if out_dtype == dtype else out_dtype)
+    return replace(spec, name=spec.name + tag)
+
+
+def rope_spec(dtypes: tuple[torch.dtype], tag: str = "") -> KernelSpec:
+    """Return the rotary embedding module of one dtype."""
+    spec = rope.rope_cuda_spec(*dtypes)
+    return replace(spec, name=spec.name + tag)
+
+
+def activation_spec(dtypes: tuple[torch.dtype], tag: str = "") -> KernelSpec:
+    """Return the gated activation module of one dtype."""
+    spec = activation.activation_cuda_spec(*dtypes)
+    return replace(spec, name=spec.name + tag)
+
+
+def rope_append_spec(dtypes: tuple[torch.dtype, torch.dtype], tag: str = "") -> KernelSpec:
+    """Return the fused rope and append module of (new rows, cache) dtypes."""
+    spec = rope_append.rope_append_cuda_spec(*dtypes)
     return replace(spec, name=spec.name + tag)
 
 
@@ -77,6 +120,9 @@ def all_specs(tag: str = "") -> list[KernelSpec]:
         *(merge_spec(dtypes, tag) for dtypes in MERGE_DTYPES),
         *(append_spec(dtypes, tag) for dtypes in APPEND_DTYPES),
         *(rmsnorm_spec(dtypes, tag) for dtypes in RMSNORM_DTYPES),
+        *(layernorm_spec(dtypes, tag) for dtypes in LAYERNORM_DTYPES),
+        *(spec((dtype,), tag) for spec in (rope_spec, activation_spec) for dtype in FLOATS),
+        *(rope_append_spec(dtypes, tag) for dtypes in ROPE_APPEND_DTYPES),
         plan_spec(tag=tag),
     ]
 

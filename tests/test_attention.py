@@ -91,6 +91,20 @@ def test_a_refilled_plan_keeps_its_buffer() -> None:
     assert second.buffer.data_ptr() == first.buffer.data_ptr()
     assert second.num_tokens == 1
     PagedAttention(SPEC).run(second, case.q[:1], case.kv)
+    third = fi_backend.plan(SPEC, case.batch, workspace, into=second)
+    assert third.buffer.data_ptr() == first.buffer.data_ptr()
+    check_values(case, SPEC, PagedAttention(SPEC).run(third, case.q, case.kv))
+
+
+def test_a_plan_refilled_for_more_requests_gets_a_larger_buffer() -> None:
+    case, workspace = make_case(), Workspace()
+    one = PagedBatch(
+        case.batch.qo_indptr[:2], case.batch.kv_lens[:1], block_table=case.cache.block_table
+    )
+    first = fi_backend.plan(SPEC, one, workspace)
+    second = fi_backend.plan(SPEC, case.batch, workspace, into=first)
+    assert second.buffer.numel() > first.buffer.numel()
+    check_values(case, SPEC, PagedAttention(SPEC).run(second, case.q, case.kv))
 
 
 def test_padding_rows_are_zeroed_or_left_alone() -> None:
@@ -167,6 +181,9 @@ def test_bad_runs_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         PagedAttention(SPEC).run(plan, q, kv, **arguments)
     assert torch.equal(out, torch.full((79, 8, 64), 7.0))
+    if "out" not in change:
+        with pytest.raises(error, match=message):
+            PagedAttention(SPEC).run(plan, q, kv, **(arguments | {"out": None}))
 
 
 def test_a_plan_for_another_geometry_is_refused(ready: tuple[Case, Plan]) -> None:

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from fi_backend import AttentionSpec, PagedBatch, Workspace, plan
+from fi_backend import AttentionSpec, PagedBatch, Plan, Workspace, plan
+
+WORKSPACE = Workspace()
 
 
 def i32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_plan(batch: PagedBatch, page_size: int) -> None:
-    plan(
+def make_plan(batch: PagedBatch, page_size: int, into: Plan | None = None) -> Plan:
+    return plan(
         AttentionSpec(
             num_qo_heads=2,
             num_kv_heads=1,
@@ -24,7 +26,8 @@ def make_plan(batch: PagedBatch, page_size: int) -> None:
             page_size=page_size,
         ),
         batch,
-        Workspace(),
+        WORKSPACE,
+        into=into,
     )
 
 
@@ -89,6 +92,7 @@ def test_bad_metadata_is_refused(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     make_plan(PagedBatch(**GOOD), page_size=4)
-    make_plan(PagedBatch(**CSR), page_size=4)
-    with pytest.raises(error, match=message):
-        make_plan(PagedBatch(**arguments), page_size=4)
+    good = make_plan(PagedBatch(**CSR), page_size=4)
+    for into in (None, good):
+        with pytest.raises(error, match=message):
+            make_plan(PagedBatch(**arguments), page_size=4, into=into)

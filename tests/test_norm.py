@@ -1,12 +1,18 @@
-"""fi_backend.norm: values, in-place forms, strides, special values and errors."""
+"""fi_backend.norm: values, in-place and quantised forms, strides, special values and errors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import fi_backend
+from fi_backend import jit
+from fi_backend.kernels import norm as kernel
 from tests.guarded import FLOATS, guard_is_intact, guarded, same_nans_and_infinities
 from tests.tolerance import assert_accurate
 
@@ -14,8 +20,23 @@ EPS = 1e-5
 # Below, at and past a vector of 4, 8 or 16 lanes; a row of several chains; enough for two threads.
 SHAPES = [(1, 1), (5, 7), (4, 16), (3, 127), (2, 3, 33), (3, 1000), (0, 64), (2, 0, 8), (40, 2048)]
 
+# Largest value of each dtype that a result can be quantised to.
+QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+out_dtypes = pytest.mark.parametrize("out_dtype", QUANTIZED, ids=str)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+pytestmark = pytest.mark.usefixtures("device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cuda_kernels() -> None:
+    """Compile what the CUDA cases load, in parallel."""
+    if torch.cuda.is_available():
+        pairs = [*product(FLOATS, (None,)), *product((torch.bfloat16,), QUANTIZED)]
+        pairs += product((torch.float32,), QUANTIZED)
+        specs = (kernel.rmsnorm_cuda_spec, kernel.layernorm_cuda_spec)
+        jit.build([spec(*pair) for spec in specs for pair in pairs])
 
 
 def rms_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -87,12 +108,69 @@ def test_layernorm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert guard_is_intact(x)
 
 
+def assert_quantized(
+    out: torch.Tensor, reference: torch.Tensor, scale: float | torch.Tensor
+) -> None:
+    """Every value is the nearest to reference / scale there is, or, at a tie, a neighbour."""
+    largest = QUANTIZED[out.dtype]
+    scaled = (reference / torch.as_tensor(scale, dtype=torch.float64)).clamp(-largest - 1, largest)
+    scaled = scaled if out.dtype == torch.int8 else scaled.clamp(min=-largest)
+    if out.dtype == torch.int8:
+        half_step = torch.full_like(scaled, 0.5)
+    else:
+        info = torch.finfo(out.dtype)
+        half_step = scaled.abs().clamp(min=info.smallest_normal) * info.eps / 2
+    assert ((out.double() - scaled).abs() <= half_step + 1e-5 * scaled.abs()).all()
+
+
+@out_dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 33), (3, 1000), (0, 64)], ids=str)
+@pytest.mark.parametrize("scale", [0.037, 1e-4])
+def test_quantised_forms(
+    dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, ...], scale: float
+) -> None:
+    """The small scale saturates nearly everywhere."""
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(shape[-1]).to(dtype), torch.randn(shape[-1])
+    out = torch.empty(shape, dtype=out_dtype)
+    total = residual.clone()
+
+    assert fi_backend.rmsnorm_quant(out, x, weight, scale, EPS) is None
+    assert_quantized(out, rms_reference(x, weight), scale)
+    fi_backend.fused_add_rmsnorm_quant(out, x, total, weight, torch.tensor([scale]), EPS)
+    assert torch.equal(total, x + residual)
+    assert_quantized(out, rms_reference(x.double() + residual.double(), weight), scale)
+    fi_backend.layernorm_quant(out, x, weight.float(), bias, torch.tensor(scale), EPS)
+    size = shape[-1:]
+    assert_quantized(
+        out, F.layer_norm(x.double(), size, weight.double(), bias.double(), EPS), scale
+    )
+
+
+@out_dtypes
+def test_quantised_nan(out_dtype: torch.dtype) -> None:
+    """fp8 has NaN; int8 has none and stores 0."""
+    x, out = torch.ones(2, 16), torch.empty(2, 16, dtype=out_dtype)
+    x[1, 3] = float("nan")
+    fi_backend.rmsnorm_quant(out, x, torch.ones(16), 0.5)
+    assert torch.equal(out[0].float(), torch.full((16,), 2.0))
+    if out_dtype == torch.int8:
+        assert torch.equal(out[1], torch.zeros(16, dtype=torch.int8))
+    else:
+        assert out[1].float().isnan().all()
+
+
 @dtypes
 def test_special_values_stay_in_their_row(dtype: torch.dtype) -> None:
+    """As the formula has it: an infinity makes itself NaN and the others 0.
+
+    torch's own norm makes that whole row NaN on CUDA, where it sums squares about a running mean.
+    """
     x = torch.randn(5, 37).to(dtype)
     x[1, 36], x[2, 3], x[3] = float("nan"), float("inf"), 0.0
     weight = torch.ones(37, dtype=dtype)
-    expected = F.rms_norm(x.float(), (37,), weight.float(), EPS)
+    expected = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
     assert same_nans_and_infinities(fi_backend.rmsnorm(x, weight, EPS), expected)
     fused = x.clone()
     fi_backend.fused_add_rmsnorm(fused, torch.zeros_like(x), weight, EPS)
@@ -120,39 +198,46 @@ def test_offsets_past_two_to_the_31() -> None:
     assert torch.equal(x, fi_backend.rmsnorm(values, weight, EPS))
 
 
-X, W = torch.zeros(2, 8), torch.zeros(8)
-
-
 @pytest.mark.parametrize(
-    ("error", "message", "call"),
+    ("error", "message", "arguments"),
     [
-        (TypeError, "input must be a torch.Tensor; got list", lambda: ([1.0], W)),
-        (TypeError, "weight must be a torch.Tensor; got NoneType", lambda: (X, None)),
-        (TypeError, "float32, torch.float16, torch.bfloat16; got torch.float64", lambda: (
-            X.double(), W.double(),
+        (TypeError, "input must be a torch.Tensor; got list", lambda x, w: ([1.0], w)),
+        (TypeError, "weight must be a torch.Tensor; got NoneType", lambda x, w: (x, None)),
+        (TypeError, "float32, torch.float16, torch.bfloat16; got torch.float64", lambda x, w: (
+            x.double(), w.double(),
         )),
-        (TypeError, "weight: dtype must be float32, got bfloat16", lambda: (X, W.bfloat16())),
-        (ValueError, r"weight: shape must be \[8\], got \[7\]", lambda: (X, W[:7])),
-        (ValueError, r"input: rank must be 1, 2 or 3, got shape \[1, 1, 2, 8\]", lambda: (
-            X[None, None], W,
+        (TypeError, "weight: dtype must be float32, got bfloat16", lambda x, w: (x, w.bfloat16())),
+        (ValueError, r"weight: shape must be \[8\], got \[7\]", lambda x, w: (x, w[:7])),
+        (ValueError, r"input: rank must be 1, 2 or 3, got shape \[1, 1, 2, 8\]", lambda x, w: (
+            x[None, None], w,
         )),
-        (ValueError, "input: the last dimension must be contiguous, got stride 2", lambda: (
-            torch.zeros(2, 16)[:, ::2], W,
+        (ValueError, "input: the last dimension must be contiguous, got stride 2", lambda x, w: (
+            torch.zeros(2, 16)[:, ::2], w,
         )),
     ],
 )  # fmt: skip
-def test_bad_arguments(error: type[Exception], message: str, call: object) -> None:
+def test_bad_arguments(
+    error: type[Exception], message: str, arguments: Callable[..., tuple[Any, Any]]
+) -> None:
     with pytest.raises(error, match=message):
-        fi_backend.rmsnorm(*call())  # type: ignore[operator]
+        fi_backend.rmsnorm(*arguments(torch.zeros(2, 8), torch.zeros(8)))
 
 
 def test_outputs_are_checked_before_anything_is_written() -> None:
-    x, residual = torch.ones(2, 8), torch.ones(2, 7)
+    x, residual, weight = torch.ones(2, 8), torch.ones(2, 7), torch.zeros(8)
     with pytest.raises(ValueError, match=r"residual: shape must be \[2, 8\], got \[2, 7\]"):
-        fi_backend.fused_add_rmsnorm(x, residual, W)
+        fi_backend.fused_add_rmsnorm(x, residual, weight)
     with pytest.raises(ValueError, match=r"out: shape must be \[2, 8\], got \[3, 8\]"):
-        fi_backend.rmsnorm(x, W, out=torch.ones(3, 8))
+        fi_backend.rmsnorm(x, weight, out=torch.ones(3, 8))
+    with pytest.raises(TypeError, match="out: dtype must be float32, got bfloat16"):
+        fi_backend.rmsnorm(x, weight, out=x.bfloat16())
     with pytest.raises(TypeError, match="gamma: dtype must be float32, got bfloat16"):
-        fi_backend.layernorm(x.bfloat16(), W.bfloat16(), W)
+        fi_backend.layernorm(x.bfloat16(), weight.bfloat16(), weight)
+    with pytest.raises(TypeError, match=r"quantised out must be one of .*int8; got torch.float32"):
+        fi_backend.rmsnorm_quant(x, x, weight, 1.0)
+    with pytest.raises(ValueError, match="scale: must be above 0, got 0"):
+        fi_backend.layernorm_quant(x.to(torch.int8), x, weight, weight, 0.0)
+    with pytest.raises(ValueError, match=r"scale: shape must be \[1\], got \[2\]"):
+        fi_backend.rmsnorm_quant(x.to(torch.int8), x, weight, torch.ones(2))
     assert torch.equal(x, torch.ones(2, 8))
     assert torch.equal(residual, torch.ones(2, 7))

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import fi_backend
+from fi_backend import jit
+from fi_backend.kernels.rope import rope_cuda_spec
 from tests.guarded import FLOATS, guard_is_intact, guarded
 from tests.tolerance import assert_accurate
 
 HQ, HK = 5, 2  # no power of two, and no multiple of one another
-# (head_dim, rotary_dim): whole heads, part of a head, and pairs that fill no vector.
-DIMS = [(64, 64), (128, 64), (80, 40), (10, 6), (96, 96)]
+# (head_dim, rotary_dim): whole heads, part of a head, pairs that fill no vector, and, behind
+# rotary_dim, an odd number of values and one vector.
+DIMS = [(64, 64), (128, 64), (80, 40), (10, 6), (96, 96), (9, 6), (72, 64), (576, 512)]
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 dims = pytest.mark.parametrize(("head_dim", "rotary_dim"), DIMS)
 layouts = pytest.mark.parametrize("interleave", [False, True])
+on_cpu = pytest.mark.parametrize("device", ["cpu"], indirect=True)
+on_cuda = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+pytestmark = pytest.mark.usefixtures("device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cuda_kernels() -> None:
+    """Compile what the CUDA cases load, in parallel."""
+    if torch.cuda.is_available():
+        jit.build(map(rope_cuda_spec, FLOATS))
 
 
 def frequencies(rotary_dim: int, scale: float, theta: float) -> torch.Tensor:
@@ -215,6 +232,33 @@ def test_many_tokens_on_several_threads() -> None:
     check(k_rope, k, positions, frequencies(64, 1.0, 1e4), False)
 
 
+@dtypes
+@layouts
+def test_bits_do_not_depend_on_the_number_of_tokens(dtype: torch.dtype, interleave: bool) -> None:
+    """On CUDA few tokens take other kernels than many, whose threads hold up to 8 heads each."""
+    tokens, head_dim, rotary_dim = 1700, 128, 96
+    q, k = torch.randn(tokens, 17, head_dim).to(dtype), torch.randn(tokens, 9, head_dim).to(dtype)
+    positions = torch.randint(0, 4096, (tokens,))
+    angle = torch.randn(4096, rotary_dim // 2)
+    cache = torch.cat([angle.cos(), angle.sin()], -1)
+    form = {"rotary_dim": rotary_dim, "interleave": interleave}
+
+    def rotated(part: slice) -> tuple[torch.Tensor, ...]:
+        rows = q[part], k[part]
+        cached = fi_backend.apply_rope_with_cos_sin_cache(
+            positions[part], *rows, head_dim, cache, not interleave
+        )
+        return *cached, *fi_backend.apply_rope_pos_ids(*rows, positions[part], **form)
+
+    all_at_once = rotated(slice(None))
+    in_parts = zip(*(rotated(slice(at, at + 340)) for at in range(0, tokens, 340)), strict=True)
+    for out, parts in zip(all_at_once, in_parts, strict=True):
+        assert torch.equal(out, torch.cat(parts))
+    fi_backend.apply_rope_pos_ids_inplace(q, k, positions, **form)
+    assert torch.equal(q, all_at_once[2])
+    assert torch.equal(k, all_at_once[3])
+
+
 def test_no_tokens() -> None:
     q, k = torch.zeros(0, HQ, 64), torch.zeros(0, HK, 64)
     none = torch.zeros(0, dtype=torch.int32)
@@ -222,49 +266,136 @@ def test_no_tokens() -> None:
     assert fi_backend.apply_rope(q, k, torch.zeros(1, dtype=torch.int32), none)[1].shape == k.shape
 
 
-Q, K, POS = torch.zeros(4, HQ, 16), torch.zeros(4, HK, 16), torch.zeros(4, dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
-    ("error", "message", "arguments", "options"),
+    ("error", "message", "change", "options"),
     [
-        (TypeError, r"pos_ids must be a torch.Tensor; got list", (Q, K, [0]), {}),
-        (TypeError, "pos_ids: dtype must be int32 or int64, got float32", (Q, K, POS.float()), {}),
-        (TypeError, "k: dtype must be float32, got bfloat16", (Q, K.bfloat16(), POS), {}),
-        (ValueError, r"pos_ids: shape must be \[4\], got \[3\]", (Q, K, POS[:3]), {}),
-        (ValueError, "k: must have as many tokens as q, 4, got 3", (Q, K[:3], POS), {}),
-        (ValueError, r"k: shape must be \[\*, \*, 16\]", (Q, K[..., :8], POS), {}),
-        (ValueError, "q and k: rank must be 3", (Q[0], K[0], POS), {}),
-        (ValueError, r"rotary_dim: .* in \[2, 16\], got 18", (Q, K, POS), {"rotary_dim": 18}),
-        (ValueError, r"rotary_dim: must be even .* got 7", (Q, K, POS), {"rotary_dim": 7}),
-        (ValueError, "rope_theta: must be above 0", (Q, K, POS), {"rope_theta": 0.0}),
+        (TypeError, r"pos_ids must be a torch.Tensor; got list", lambda q, k, p: (q, k, [0]), {}),
+        (TypeError, "pos_ids: dtype must be int32 or int64, got float32", lambda q, k, p: (
+            q, k, p.float(),
+        ), {}),
+        (TypeError, "k: dtype must be float32, got bfloat16", lambda q, k, p: (
+            q, k.bfloat16(), p,
+        ), {}),
+        (TypeError, "float32, torch.float16, torch.bfloat16; got torch.float64", lambda q, k, p: (
+            q.double(), k, p,
+        ), {}),
+        (ValueError, r"pos_ids: shape must be \[4\], got \[3\]", lambda q, k, p: (q, k, p[:3]), {}),
+        (ValueError, "k: must have as many tokens as q, 4, got 3", lambda q, k, p: (
+            q, k[:3], p,
+        ), {}),
+        (ValueError, r"k: shape must be \[\*, \*, 16\]", lambda q, k, p: (q, k[..., :8], p), {}),
+        (ValueError, "q and k: rank must be 3", lambda q, k, p: (q[0], k[0], p), {}),
+        (ValueError, r"rotary_dim: .* in \[2, 16\], got 18", None, {"rotary_dim": 18}),
+        (ValueError, r"rotary_dim: must be even .* got 7", None, {"rotary_dim": 7}),
+        (ValueError, "rope_theta: must be above 0", None, {"rope_theta": 0.0}),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments(
-    error: type[Exception], message: str, arguments: tuple, options: dict
+    error: type[Exception],
+    message: str,
+    change: Callable[..., tuple[Any, ...]] | None,
+    options: dict[str, Any],
 ) -> None:
+    q, k = ones()
+    arguments: tuple[Any, ...] = (q, k, torch.zeros(4).int())
+    if change is not None:
+        arguments = change(*arguments)
     with pytest.raises(error, match=message):
         fi_backend.apply_rope_pos_ids(*arguments, **options)
 
 
-def test_bad_requests_and_caches_change_nothing() -> None:
-    q, k = torch.ones(4, HQ, 16), torch.ones(4, HK, 16)
+def ones() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(4, HQ, 16), torch.ones(4, HK, 16)
+
+
+def test_bad_scalars_and_caches_change_nothing() -> None:
+    q, k = ones()
+    positions, cache = torch.zeros(4).int(), torch.zeros(8, 16)
+    with pytest.raises(ValueError, match="high_freq_factor must be above low_freq_factor"):
+        fi_backend.apply_llama31_rope_pos_ids_inplace(q, k, positions, low_freq_factor=4)
+    run = fi_backend.apply_rope_with_cos_sin_cache_inplace
+    with pytest.raises(ValueError, match=r"cos_sin_cache must be float32; got torch.bfloat16"):
+        run(positions, q, k, 16, cache.bfloat16())
+    with pytest.raises(ValueError, match="must be a multiple of head_size 24, got 80"):
+        run(positions, q.flatten(1), k.flatten(1), 24, cache)
+    assert torch.equal(q, torch.ones_like(q))
+    assert torch.equal(k, torch.ones_like(k))
+
+
+@on_cpu
+def test_bad_indices_are_refused() -> None:
+    q, k = ones()
     for indptr in ([0, 3, 2], [0, 5], [-1, 4]):
         with pytest.raises(ValueError, match="indptr: must rise from 0 or more to at most 4"):
             fi_backend.apply_rope_inplace(
                 q, k, torch.tensor(indptr), torch.ones(len(indptr) - 1).int()
             )
-    with pytest.raises(ValueError, match="high_freq_factor must be above low_freq_factor"):
-        fi_backend.apply_llama31_rope_pos_ids_inplace(q, k, POS, low_freq_factor=4)
-    run = fi_backend.apply_rope_with_cos_sin_cache_inplace
-    cache = torch.zeros(8, 16)
-    with pytest.raises(ValueError, match=r"cos_sin_cache must be float32; got torch.bfloat16"):
-        run(POS, q, k, 16, cache.bfloat16())
     for bad in (8, -1):
         positions = torch.tensor([0, 1, bad, 2])
         with pytest.raises(ValueError, match=rf"in \[0, 8\).* positions\[2\] = {bad}"):
-            run(positions, q, k, 16, cache)
-    with pytest.raises(ValueError, match="must be a multiple of head_size 24, got 80"):
-        run(POS, q.flatten(1), k.flatten(1), 24, cache)
+            fi_backend.apply_rope_with_cos_sin_cache_inplace(
+                positions, q, k, 16, torch.zeros(8, 16)
+            )
     assert torch.equal(q, torch.ones_like(q))
     assert torch.equal(k, torch.ones_like(k))
+
+
+@on_cuda
+def test_positions_outside_the_cache_are_skipped() -> None:
+    q, k = ones()
+    cache = torch.zeros(10, 16)[1:9]  # rows round it are ours to read, but must not count
+    positions = torch.tensor([0, 8, -1, 2**40])
+    fi_backend.apply_rope_with_cos_sin_cache_inplace(positions, q, k, 16, cache)
+    assert torch.equal(q[0], torch.zeros_like(q[0]))
+    assert torch.equal(k[0], torch.zeros_like(k[0]))
+    assert torch.equal(q[1:], torch.ones_like(q[1:]))
+    assert torch.equal(k[1:], torch.ones_like(k[1:]))
+
+
+@on_cuda
+@layouts
+@pytest.mark.parametrize("head_dim", [128, 36])
+def test_a_graph_replays_with_new_positions(interleave: bool, head_dim: int) -> None:
+    """Many heads and tokens, captured; dependent launches see each other's writes."""
+    q, k = torch.randn(300, 71, head_dim).half(), torch.randn(300, 3, head_dim).half()
+    positions = torch.arange(300)
+    angle = torch.randn(4096, head_dim // 2)
+    cache = torch.cat([angle.cos(), angle.sin()], -1)
+    copies = q.clone(), k.clone()
+
+    def steps() -> None:
+        for _ in range(3):
+            fi_backend.apply_rope_with_cos_sin_cache_inplace(
+                positions, *copies, head_dim, cache, not interleave
+            )
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    copies[0].copy_(q)
+    copies[1].copy_(k)
+    positions.copy_(torch.randint(0, 4096, (300,)))
+    graph.replay()
+    cosine, sine = cache[positions].chunk(2, -1)
+    for x, out in zip((q, k), copies, strict=True):
+        expected = x
+        for _ in range(3):
+            expected = rotate(expected.double(), cosine, sine, interleave).half()
+        assert (out - expected).abs().max() <= 3 * torch.finfo(torch.float16).eps * x.abs().max()
+
+
+@on_cuda
+def test_offsets_past_two_to_the_31() -> None:
+    """Tokens 2^30 elements apart, read through strides."""
+    buffer = torch.empty(2**31 + 256, dtype=torch.bfloat16)
+    q = buffer.as_strided((3, 1, 64), (2**30, 64, 1))
+    k = buffer.as_strided((3, 1, 64), (2**30, 64, 1), 128)
+    near = torch.randn(3, 1, 64).bfloat16(), torch.randn(3, 1, 64).bfloat16()
+    q.copy_(near[0])
+    k.copy_(near[1])
+    positions = torch.tensor([3, 0, 77])
+    fi_backend.apply_rope_pos_ids_inplace(q, k, positions)
+    expected = fi_backend.apply_rope_pos_ids(*near, positions)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])

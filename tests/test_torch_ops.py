@@ -26,7 +26,12 @@ def norms(x: torch.Tensor) -> list[torch.Tensor]:
     out = fi_backend.rmsnorm(x, weight, out=torch.empty_like(x))
     gemma = fi_backend.gemma_rmsnorm(x, weight)
     fi_backend.gemma_fused_add_rmsnorm(gemma, out, weight)
-    return [fused, residual, out, gemma, fi_backend.layernorm(x, weight, weight)]
+    quantised = torch.empty(3, *x.shape, dtype=torch.int8)
+    fi_backend.rmsnorm_quant(quantised[0], x, weight, 0.1)
+    fi_backend.fused_add_rmsnorm_quant(quantised[1], x, residual, weight, torch.tensor([0.1]))
+    fi_backend.layernorm_quant(quantised[2], x, weight, weight, torch.tensor(0.2))
+    layer = fi_backend.layernorm(x, weight, weight)
+    return [fused, residual, out, gemma, layer, quantised]
 
 
 def activations(x: torch.Tensor) -> list[torch.Tensor]:
@@ -67,7 +72,26 @@ def pages(x: torch.Tensor) -> list[torch.Tensor]:
     return [cache, batch, positions, fi_backend.packbits(x.flatten() > 0)]
 
 
-FAMILIES = [norms, activations, ropes, pages]
+def rope_appends(x: torch.Tensor) -> list[torch.Tensor]:
+    tokens = x.shape[0]
+    key, value = x[:, :2] * 2, x[:, 1:] + 1
+    positions, angles = torch.arange(tokens), torch.linspace(-1, 1, 64 * DIM).view(64, DIM)
+    caches = torch.zeros(2, 4, 4, 2, DIM)
+    first = fi_backend.rope_append_to_cache(
+        x, key, value, positions, angles, (caches[0], caches[1]), positions + 3,
+        q_weight=angles[0], k_scale=torch.tensor(2.0), is_neox=False,
+    )  # fmt: skip
+    indptr, indices = torch.tensor([0, 2]).int(), torch.tensor([3, 0]).int()
+    paged = torch.zeros(4, 2, 4, 2, DIM)
+    second = x * 2
+    fi_backend.rope_append_paged_kv_cache(
+        x, key, value, positions, angles, torch.zeros(tokens).int(), positions.int(), paged,
+        indices, indptr, out=second,
+    )  # fmt: skip
+    return [first, second, caches, paged]
+
+
+FAMILIES = [norms, activations, ropes, pages, rope_appends]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,12 +129,26 @@ def test_schemas_tell_the_truth() -> None:
         (ops.rmsnorm, (torch.empty_like(x), x, weight, 1e-6, 0.0)),
         (ops.fused_add_rmsnorm, (x.clone(), x.clone(), weight, 1e-6, 1.0)),
         (ops.layernorm, (torch.empty_like(x), x, weight, weight, 1e-6)),
+        (
+            ops.rmsnorm_quant,
+            (x.to(torch.int8), x, x.clone(), weight, 1.0, torch.ones(1), 1e-6, False),
+        ),
+        (ops.rmsnorm_quant, (x.to(torch.int8), x, None, weight, 0.5, None, 1e-6)),
+        (ops.layernorm_quant, (x.to(torch.int8), x, weight, weight, 0.5, None, 1e-6)),
         (ops.gelu_and_mul, (torch.empty(4, 16), x)),
         (ops.rope, (q, k, q.clone(), k.clone(), positions, None, None, *angles)),
         (ops.rope_inplace, (q.clone(), k.clone(), positions, None, None, *angles)),
         (
             ops.append_slots,
             (q, q, cache[:, 0], cache[:, 1], positions, 1.0, 1.0, None, None),
+        ),
+        (
+            ops.rope_append_slots,
+            (
+                *(q, k, k * 2, q.clone(), positions, torch.rand(9, 8)),
+                *(cache[:, 0, :, :1], cache[:, 1, :, :1], positions, False),
+                *(torch.ones(8), None, 1e-6, 0.0, 1.0, 1.0, None, None, False),
+            ),
         ),
     ]
     for op, arguments in samples:
@@ -135,9 +173,9 @@ def test_other_devices_are_refused() -> None:
         device = torch.device("cuda:0")
 
     x = torch.zeros(2, 8).as_subclass(Elsewhere)
-    message = "rmsnorm: CUDA tensors are not supported yet by this version; got input on device="
+    message = "packbits: CUDA tensors are not supported yet by this version; got x on device="
     with pytest.raises(fi_backend.errors.UnsupportedError, match=message + "cuda:0, expected cpu"):
-        fi_backend.rmsnorm(x, torch.zeros(8))
+        fi_backend.packbits(x)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "generic"])

@@ -111,11 +111,14 @@ def append_positions(
     positions: torch.Tensor,
     kv_indices: torch.Tensor,
     kv_indptr: torch.Tensor,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
 ) -> None:
     """Write token i to position ``positions[i]`` of request ``batch_indices[i]``.
 
-    A negative batch index writes nothing. Index tensors are int32; tensors of rows and caches are
-    as for :func:`append_slots`, and so is what CUDA does with a token that has no place.
+    A negative batch index writes nothing. Index tensors are int32; tensors of rows and caches and
+    the scales are as for :func:`append_slots`, and so is what CUDA does with a token that has no
+    place.
 
     Args:
         batch_indices: [num_tokens].
@@ -123,6 +126,8 @@ def append_positions(
         kv_indices: [any], page ids of all requests.
         kv_indptr: [num_requests + 1], where each request's pages begin in `kv_indices`.
     """
+    k_tensor, k_value = _split_scale(k_scale)
+    v_tensor, v_value = _split_scale(v_scale)
     option: int
     if key.is_cuda:
         run, option = _append_positions_cuda[key.dtype, key_cache.dtype], _ENABLE_PDL
@@ -137,10 +142,10 @@ def append_positions(
         positions,
         kv_indices,
         kv_indptr,
-        None,
-        None,
-        1.0,
-        1.0,
+        k_tensor,
+        v_tensor,
+        k_value,
+        v_value,
         option,
     )
 

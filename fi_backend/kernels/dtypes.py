@@ -13,6 +13,7 @@ _TYPES = {
     torch.bfloat16: ("fi::bf16", "__nv_bfloat16", "bf16"),
     torch.float8_e4m3fn: ("fi::e4m3", "__nv_fp8_e4m3", "e4m3"),
     torch.float8_e5m2: ("fi::e5m2", "__nv_fp8_e5m2", "e5m2"),
+    torch.int8: ("int8_t", "int8_t", "i8"),
 }
 
 
@@ -31,5 +32,5 @@ def cpp_type(dtype: torch.dtype, target: str) -> str:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """Name `dtype` the way module names do: "f32", "f16", "bf16", "e4m3", "e5m2"."""
+    """Name `dtype` the way module names do: "f32", "f16", "bf16", "e4m3", "e5m2", "i8"."""
     return _row(dtype)[2]

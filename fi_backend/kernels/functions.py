@@ -11,13 +11,13 @@ from fi_backend import jit
 from fi_backend.jit import KernelSpec
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
-__all__ = ["Functions", "cuda_spec", "float_spec"]
+__all__ = ["Functions", "check_float", "cuda_spec", "float_cuda_spec", "float_spec"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def float_spec(family: str, dtype: torch.dtype) -> KernelSpec:
-    """Describe the module of `family` that stores values as `dtype` and computes in float32.
+def check_float(family: str, dtype: torch.dtype) -> None:
+    """Check that kernels of `family` have inputs of `dtype`.
 
     Raises:
         TypeError: `dtype` is not float32, float16 or bfloat16.
@@ -25,12 +25,31 @@ def float_spec(family: str, dtype: torch.dtype) -> KernelSpec:
     if dtype not in _FLOATS:
         allowed = ", ".join(map(str, _FLOATS))
         raise TypeError(f"{family}: dtype of the input must be one of {allowed}; got {dtype}")
+
+
+def float_spec(family: str, dtype: torch.dtype) -> KernelSpec:
+    """Describe the CPU module of `family` that stores `dtype` and computes in float32.
+
+    Raises:
+        TypeError: see :func:`check_float`.
+    """
+    check_float(family, dtype)
     return KernelSpec(
         name=f"{family}_cpu_{short_name(dtype)}",
         target="cpu",
         templates=(f"{family}_cpu.cc.j2",),
         parameters=(("dtype", cpp_type(dtype, "cpu")),),
     )
+
+
+def float_cuda_spec(family: str, dtype: torch.dtype) -> KernelSpec:
+    """Describe the CUDA module of `family` that stores `dtype` and computes in float32.
+
+    Raises:
+        TypeError: see :func:`check_float`.
+    """
+    check_float(family, dtype)
+    return cuda_spec(family, {"in": dtype})
 
 
 def cuda_spec(family: str, dtypes: Mapping[str, torch.dtype]) -> KernelSpec:

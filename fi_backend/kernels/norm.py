@@ -1,22 +1,65 @@
-"""Normalisation of rows on the CPU: RMS norm with an optional residual, and layer norm."""
+"""Normalisation of rows: RMS norm with an optional residual, and layer norm.
+
+On CUDA each call is one launch on the current stream, which looks at no value of a tensor.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.functions import Functions, float_spec
+from fi_backend.kernels.dtypes import cpp_type, short_name
+from fi_backend.kernels.functions import Functions, check_float, cuda_spec
 
-__all__ = ["layernorm", "norm_spec", "rmsnorm"]
+__all__ = ["layernorm", "layernorm_cuda_spec", "norm_spec", "rmsnorm", "rmsnorm_cuda_spec"]
 
-
-def norm_spec(dtype: torch.dtype) -> KernelSpec:
-    """Describe the module that normalises rows of `dtype` (float32, float16 or bfloat16)."""
-    return float_spec("norm", dtype)
+_QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
-_rmsnorm = Functions("rmsnorm", norm_spec)
-_layernorm = Functions("layernorm", norm_spec)
+def norm_spec(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> KernelSpec:
+    """Describe the CPU module that normalises rows of `dtype`.
+
+    Args:
+        dtype: float32, float16 or bfloat16.
+        out_dtype: None for that of the input, or float8_e4m3fn, float8_e5m2 or int8.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+    """
+    out_dtype = _checked(dtype, out_dtype)
+    return KernelSpec(
+        name="_".join(("norm_cpu", *map(short_name, dict.fromkeys((dtype, out_dtype))))),
+        target="cpu",
+        templates=("norm_cpu.cc.j2",),
+        parameters=(("in_type", cpp_type(dtype, "cpu")), ("out_type", cpp_type(out_dtype, "cpu"))),
+    )
+
+
+def rmsnorm_cuda_spec(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> KernelSpec:
+    """Describe the CUDA module of RMS norms; dtypes and errors as for :func:`norm_spec`."""
+    return cuda_spec("rmsnorm", {"in": dtype, "out": _checked(dtype, out_dtype)})
+
+
+def layernorm_cuda_spec(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> KernelSpec:
+    """Describe the CUDA module of layer norms; dtypes and errors as for :func:`norm_spec`."""
+    return cuda_spec("layernorm", {"in": dtype, "out": _checked(dtype, out_dtype)})
+
+
+def _checked(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
+    check_float("norm", dtype)
+    if out_dtype is None:
+        return dtype
+    if out_dtype not in _QUANTIZED:
+        allowed = ", ".join(map(str, _QUANTIZED))
+        raise TypeError(f"norm: dtype of a quantised out must be one of {allowed}; got {out_dtype}")
+    return out_dtype
+
+
+# By (dtype, out_dtype), the latter None where the output has the type of the input.
+_rmsnorm = Functions("rmsnorm", lambda dtypes: norm_spec(*dtypes))
+_rmsnorm_cuda = Functions("rmsnorm", lambda dtypes: rmsnorm_cuda_spec(*dtypes))
+_layernorm = Functions("layernorm", lambda dtypes: norm_spec(*dtypes))
+_layernorm_cuda = Functions("layernorm", lambda dtypes: layernorm_cuda_spec(*dtypes))
 
 
 def rmsnorm(
@@ -26,7 +69,9 @@ def rmsnorm(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
     eps: float,
-    weight_bias: float,
+    weight_bias: float = 0.0,
+    scale: float | torch.Tensor | None = None,
+    enable_pdl: bool = True,
 ) -> None:
     """Write the RMS norm of `input`, or of `input + residual`, to `out`.
 
@@ -37,8 +82,18 @@ def rmsnorm(
         residual: like `input`; becomes `input + residual`. None: normalise `input`.
         eps: added to the mean square.
         weight_bias: added to `weight`: 1.0 for Gemma's convention, else 0.0.
+        scale: `out` is fp8 or int8 and stores ``saturate(norm / scale)``; a float, or float32 [] or
+            [1]. None: `out` has the dtype of `input`.
+        enable_pdl: on CUDA, launch as a programmatic dependent of the kernel before.
     """
-    _rmsnorm[input.dtype](input, weight, out, residual, eps, weight_bias, torch.get_num_threads())
+    dtypes = input.dtype, None if scale is None else out.dtype
+    tensor, value = _split_scale(scale)
+    option: int
+    if input.is_cuda:
+        run, option = _rmsnorm_cuda[dtypes], enable_pdl
+    else:
+        run, option = _rmsnorm[dtypes], torch.get_num_threads()
+    run(input, weight, out, residual, tensor, value, eps, weight_bias, option)
 
 
 def layernorm(
@@ -48,6 +103,24 @@ def layernorm(
     gamma: torch.Tensor,
     beta: torch.Tensor,
     eps: float,
+    scale: float | torch.Tensor | None = None,
+    enable_pdl: bool = True,
 ) -> None:
-    """Write the layer norm of `input` [.., hidden_size] to `out`; gamma and beta are float32."""
-    _layernorm[input.dtype](input, gamma, beta, out, eps, torch.get_num_threads())
+    """Write the layer norm of `input` [.., hidden_size] to `out`; gamma and beta are float32.
+
+    `out`, `scale` and `enable_pdl` are as for :func:`rmsnorm`.
+    """
+    dtypes = input.dtype, None if scale is None else out.dtype
+    tensor, value = _split_scale(scale)
+    option: int
+    if input.is_cuda:
+        run, option = _layernorm_cuda[dtypes], enable_pdl
+    else:
+        run, option = _layernorm[dtypes], torch.get_num_threads()
+    run(input, gamma, beta, out, tensor, value, eps, option)
+
+
+def _split_scale(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
+    if isinstance(scale, torch.Tensor):
+        return scale, 1.0
+    return None, 1.0 if scale is None else scale

@@ -1,22 +1,36 @@
-"""Rotary position embedding of queries and keys on the CPU."""
+"""Rotary position embedding of queries and keys.
+
+On CUDA each call is one launch on the current stream, which raises no error for a value in a
+tensor: tokens that no request owns, or whose position is not in the cache, are not written.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels.functions import Functions, float_spec
+from fi_backend.kernels.functions import Functions, float_cuda_spec, float_spec
 
-__all__ = ["rope", "rope_cos_sin", "rope_spec"]
+__all__ = ["rope", "rope_cos_sin", "rope_cuda_spec", "rope_spec"]
+
+# FlashInfer's calls have no argument for it; results do not depend on it.
+_ENABLE_PDL = True
 
 
 def rope_spec(dtype: torch.dtype) -> KernelSpec:
-    """Describe the module that rotates rows of `dtype` (float32, float16 or bfloat16)."""
+    """Describe the CPU module that rotates rows of `dtype` (float32, float16 or bfloat16)."""
     return float_spec("rope", dtype)
 
 
+def rope_cuda_spec(dtype: torch.dtype) -> KernelSpec:
+    """Describe the CUDA module that rotates rows of `dtype` (float32, float16 or bfloat16)."""
+    return float_cuda_spec("rope", dtype)
+
+
 _rope = Functions("rope", rope_spec)
+_rope_cuda = Functions("rope", rope_cuda_spec)
 _rope_cos_sin = Functions("rope_cos_sin", rope_spec)
+_rope_cos_sin_cuda = Functions("rope_cos_sin", rope_cuda_spec)
 
 
 def rope(
@@ -54,7 +68,12 @@ def rope(
             between scaled (0) and unscaled (1) frequencies. Both 0: all are scaled.
         smooth_offset: see `smooth_slope`.
     """
-    _rope[q.dtype](
+    option: int
+    if q.is_cuda:
+        run, option = _rope_cuda[q.dtype], _ENABLE_PDL
+    else:
+        run, option = _rope[q.dtype], torch.get_num_threads()
+    run(
         q,
         k,
         q_out,
@@ -68,7 +87,7 @@ def rope(
         rope_theta,
         smooth_slope,
         smooth_offset,
-        torch.get_num_threads(),
+        option,
     )
 
 
@@ -95,7 +114,9 @@ def rope_cos_sin(
         head_dim: values of a head.
         interleave: pairs are (2i, 2i + 1) rather than (i, i + rotary_dim / 2).
     """
-    threads = torch.get_num_threads()
-    _rope_cos_sin[q.dtype](
-        q, k, q_out, k_out, positions, cos_sin_cache, head_dim, interleave, threads
-    )
+    option: int
+    if q.is_cuda:
+        run, option = _rope_cos_sin_cuda[q.dtype], _ENABLE_PDL
+    else:
+        run, option = _rope_cos_sin[q.dtype], torch.get_num_threads()
+    run(q, k, q_out, k_out, positions, cos_sin_cache, head_dim, interleave, option)

@@ -29,8 +29,8 @@ def run(module: Any, x: Any, weight: Any, out: Any, **options: Any) -> None:
         weight,
         out,
         options.get("residual"),
-        options.get("quant_scale"),
-        options.get("quant_scale_value", 1.0),
+        options.get("scale"),
+        options.get("scale_value", 1.0),
         options.get("eps", 1e-6),
         options.get("weight_bias", 0.0),
         options.get("enable_pdl", False),
@@ -82,12 +82,12 @@ def test_fp8_out(cuda_module: Any) -> None:
     weight = weight.to(BF16) * 2
     scale = torch.tensor([0.037], device="cuda")
     expected = (reference(x.double(), weight, 1e-6) / 0.037).clamp(-448, 448)
-    for options in ({"quant_scale": scale}, {"quant_scale_value": 0.037}):
+    for options in ({"scale": scale}, {"scale_value": 0.037}):
         out = torch.full(x.shape, math.nan, device="cuda").to(E4M3)
         run(module, x, weight, out, **options)
         assert_rounded(out, expected, expected.abs())
     tiny = torch.tensor([1e-6], device="cuda")
-    run(module, x, weight, out, quant_scale=tiny)
+    run(module, x, weight, out, scale=tiny)
     assert (out.float().abs() == 448).float().mean() > 0.99  # saturates, no NaN
     assert not out.float().isnan().any()
 
@@ -130,7 +130,7 @@ def test_errors_name_the_argument(cuda_module: Any) -> None:
     x, weight = torch.zeros(4, 64, dtype=BF16, device="cuda"), torch.zeros(64, device="cuda")
     with pytest.raises(TypeError, match="weight: dtype must be bfloat16, got float32"):
         run(module, x, weight, x)
-    with pytest.raises(ValueError, match="input: rank must be 2 or 3, got 1"):
-        run(module, x[0], weight.to(BF16), x[0])
+    with pytest.raises(ValueError, match="input: rank must be 1, 2 or 3, got shape"):
+        run(module, x[None, None], weight.to(BF16), x)
     with pytest.raises(ValueError, match=r"residual: shape must be \[4, 64\], got \[3, 64\]"):
         run(module, x, weight.to(BF16), x, residual=x[:3])

@@ -35,6 +35,8 @@ inline constexpr DLDataType kDtypeOf<int32_t> = {kDLInt, 32, 1};
 template <>
 inline constexpr DLDataType kDtypeOf<int64_t> = {kDLInt, 64, 1};
 template <>
+inline constexpr DLDataType kDtypeOf<int8_t> = {kDLInt, 8, 1};
+template <>
 inline constexpr DLDataType kDtypeOf<uint8_t> = {kDLUInt, 8, 1};
 template <>
 inline constexpr DLDataType kDtypeOf<bool> = {kDLBool, 8, 1};

@@ -1,30 +1,14 @@
 // Binding of the gated activation kernels: validate, params, run.
 #pragma once
 
-#include <bindings/cpu/rows.h>
+#include <bindings/activation_checks.h>
 #include <fi_backend/activation/cpu/activation.h>
 
 namespace fi::bindings {
 
-// input [.., 2 * hidden_size], out [.., hidden_size], of rank 1 to 3.
 template <class T, class Gate>
-void gate_and_mul(TensorView input, TensorView out, int64_t num_threads) {
-  const Rows rows = check_rows("input", input, kDtypeOf<T>);
-  if (rows.size % 2 != 0) {
-    TVM_FFI_THROW(ValueError) << "input: the last dimension must be even (gate and factor), got "
-                              << rows.size;
-  }
-  check_like("out", out, kDtypeOf<T>, input, rows.size / 2);
-
-  GatedActivationParams params = {};
-  params.input = input.data_ptr();
-  params.out = out.data_ptr();
-  params.input_strides = row_strides<GatedActivationParams::Strides>(input);
-  params.out_strides = row_strides<GatedActivationParams::Strides>(out);
-  params.num_outer = rows.num_outer;
-  params.num_inner = rows.num_inner;
-  params.hidden_size = rows.size / 2;
-
+void gate_and_mul(const TensorView& input, const TensorView& out, int64_t num_threads) {
+  const GatedActivationParams params = checked_activation_params<T>(input, out, kCpu);
   cpu::gate_and_mul<T, Gate>(params, static_cast<int>(num_threads));
 }
 

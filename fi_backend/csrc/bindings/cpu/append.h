@@ -53,7 +53,7 @@ inline void append_slots(TensorView key, TensorView value, TensorView key_cache,
                              k_scale, v_scale, k_scale_value, v_scale_value};
   AppendParams params = cpu_append_params(a);
   set_slots(params, key, slot_mapping);
-  const cpu::IndexArray slots = {params.slot_mapping, params.slot_mapping_is_int64};
+  const IndexArray slots = {params.slot_mapping, params.slot_mapping_is_int64};
   for (int64_t i = 0; i < slot_mapping.size(0); ++i) {
     cpu::CacheRow at;
     const cpu::Placement placement = cpu::place_token(params, i, &at);
@@ -124,8 +124,8 @@ inline void batch_positions(TensorView append_indptr, TensorView seq_lens, Tenso
   check_tensor("batch_indices", batch_indices, kDtypeOf<int32_t>, {kAnySize}, kCpu);
   const int64_t num_rows = batch_indices.size(0);
   check_tensor("positions", positions, kDtypeOf<int32_t>, {num_rows}, kCpu);
-  const cpu::IndexArray indptr = {append_indptr.data_ptr(), indptr_is_int64};
-  const cpu::IndexArray lens = {seq_lens.data_ptr(), lens_is_int64};
+  const IndexArray indptr = {append_indptr.data_ptr(), indptr_is_int64};
+  const IndexArray lens = {seq_lens.data_ptr(), lens_is_int64};
   int64_t begin = indptr[0];
   for (int64_t b = 0; b < num_requests; ++b) {
     const int64_t end = indptr[b + 1];

@@ -2,6 +2,7 @@
 // Device code uses the types of cuda_bf16.h, cuda_fp16.h and cuda_fp8.h instead.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -119,6 +120,14 @@ inline e5m2 from_float<e5m2>(float f) {
   if (magnitude > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7f)};
   if (magnitude >= 0x47600000u) return {static_cast<uint8_t>(sign | 0x7b)};  // >= 57344
   return {static_cast<uint8_t>(sign | narrow_magnitude<5, 2>(bits_to_float(magnitude)))};
+}
+
+// Saturating too; NaN becomes 0.
+template <>
+inline int8_t from_float<int8_t>(float f) {
+  if (f != f) return 0;
+  const float clamped = f < -128.0f ? -128.0f : f > 127.0f ? 127.0f : f;
+  return static_cast<int8_t>(std::lrint(clamped));
 }
 
 }  // namespace fi

@@ -2,19 +2,24 @@
 // y = heads, z = rows. Any number of heads works: those that do not fit a block go to the next.
 #pragma once
 
+#include <fi_backend/common/grid.h>
 #include <fi_backend/common/macros.h>
 
 namespace fi {
 
 inline constexpr int kHeadTileThreads = 128;
 
+// So many threads keep a GPU busy whatever each of them does: half of what 132 SMs hold at 64
+// registers. Fewer finish sooner where there are more of them, each with fewer heads.
+inline constexpr int64_t kManyThreads = 1 << 16;
+
 struct HeadTile {
-  int64_t num_blocks;
+  GridShape grid;  // [row blocks, head blocks]
   int x, y, z;
 };
 
 // All arguments are at least 1.
-FI_HOST_DEVICE HeadTile make_head_tile(int64_t num_rows, int num_heads, int accesses_per_head) {
+inline HeadTile make_head_tile(int64_t num_rows, int num_heads, int accesses_per_head) {
   const int x = accesses_per_head < 32 ? accesses_per_head : 32;
   // Spread the heads evenly over the blocks they need.
   const int heads_that_fit = kHeadTileThreads / x;
@@ -22,7 +27,7 @@ FI_HOST_DEVICE HeadTile make_head_tile(int64_t num_rows, int num_heads, int acce
   const int y = (num_heads + blocks_per_row - 1) / blocks_per_row;
   const int rows_that_fit = kHeadTileThreads / (x * y);
   const int z = rows_that_fit < 64 ? rows_that_fit : 64;  // CUDA's limit on blockDim.z
-  return {(num_rows + z - 1) / z * blocks_per_row, x, y, z};
+  return {make_grid((num_rows + z - 1) / z, blocks_per_row), x, y, z};
 }
 
 #if defined(__CUDACC__)
@@ -31,13 +36,10 @@ struct RowHead {
   int head;
 };
 
-// The row and head of this thread; both may lie past the end. Blocks of one row are neighbours.
-__device__ __forceinline__ RowHead head_tile_position(int num_heads) {
-  const unsigned blocks_per_row = (num_heads + blockDim.y - 1) / blockDim.y;
-  const unsigned row_block = blockIdx.x / blocks_per_row;
-  const unsigned head_block = blockIdx.x - row_block * blocks_per_row;
-  return {int64_t(row_block) * blockDim.z + threadIdx.z,
-          int(head_block * blockDim.y + threadIdx.y)};
+// The row and head of this thread; both may lie past the end.
+__device__ __forceinline__ RowHead head_tile_position() {
+  return {outer_block_index() * blockDim.z + threadIdx.z,
+          int(blockIdx.x * blockDim.y + threadIdx.y)};
 }
 #endif
 

@@ -13,6 +13,7 @@ using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
+using int8_t = signed char;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 #else

@@ -16,16 +16,26 @@ __device__ __forceinline__ float sum_over_lanes(float x, int size) {
 }
 
 // Sum over `size` threads: aligned lanes of a warp as above, or a whole block of that many threads,
-// a multiple of the warp up to kMaxThreads. All threads must call it, and once a kernel.
-template <int kMaxThreads>
+// a multiple of the warp up to kMaxThreads. All threads must call it, and once a kernel for each
+// kUse, which has shared memory of its own.
+template <int kMaxThreads, int kUse = 0>
 __device__ __forceinline__ float sum_over_threads(float x, int size, int thread) {
   if (size <= kWarpSize) return sum_over_lanes(x, size);
-  __shared__ float partial[kMaxThreads / kWarpSize];
+  constexpr int kStep = 4;  // partial sums that one load reads
+  alignas(16) __shared__ float partial[(kMaxThreads / kWarpSize + kStep - 1) / kStep * kStep];
   x = sum_over_lanes(x, kWarpSize);
   if (thread % kWarpSize == 0) partial[thread / kWarpSize] = x;
   __syncthreads();
+  const int num_warps = size / kWarpSize;
   float sum = 0.f;
-  for (int warp = 0; warp < size / kWarpSize; ++warp) sum += partial[warp];
+#pragma unroll 1
+  for (int first = 0; first < num_warps; first += kStep) {
+    const float4 part = *reinterpret_cast<const float4*>(&partial[first]);
+    sum += part.x;
+    sum += first + 1 < num_warps ? part.y : 0.f;
+    sum += first + 2 < num_warps ? part.z : 0.f;
+    sum += first + 3 < num_warps ? part.w : 0.f;
+  }
   return sum;
 }
 

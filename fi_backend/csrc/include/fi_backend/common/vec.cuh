@@ -54,10 +54,22 @@ struct Vec {
   }
   __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<Word*>(to) = word; }
 
+  // NOTE: 16-bit values are unpacked from whole words. Element by element, the compiler cuts a
+  // loaded vector up where it was loaded, and so waits for it before it starts the next load.
   __device__ __forceinline__ void to_floats(float (&x)[kSize]) const {
-    const T* elements = reinterpret_cast<const T*>(&word);
+    if constexpr (kIs16BitFloat<T> && kSize % 2 == 0) {
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(&word);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] = to_float(elements[i]);
+      for (int i = 0; i < kSize; i += 2) {
+        const float2 pair = unpack_pair<T>(pairs[i / 2]);
+        x[i] = pair.x;
+        x[i + 1] = pair.y;
+      }
+    } else {
+      const T* elements = reinterpret_cast<const T*>(&word);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = to_float(elements[i]);
+    }
   }
   __device__ __forceinline__ static Vec from_floats(const float (&x)[kSize]) {
     Vec v;
@@ -67,5 +79,18 @@ struct Vec {
     return v;
   }
 };
+
+// Load kSize floats in as few accesses as they take; `from` must be aligned to those.
+template <int kSize>
+__device__ __forceinline__ void load_floats(const float* from, float (&x)[kSize]) {
+  constexpr int kStep = kSize < 4 ? kSize : 4;
+#pragma unroll
+  for (int i = 0; i < kSize; i += kStep) {
+    float part[kStep];
+    Vec<float, kStep>::load(from + i).to_floats(part);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) x[i + j] = part[j];
+  }
+}
 
 }  // namespace fi

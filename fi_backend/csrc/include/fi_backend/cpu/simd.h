@@ -132,6 +132,15 @@ inline void store_fp8(void* p, VecF v) {
 }
 inline void store(e4m3* p, VecF v) { store_fp8<4, 3, 0x43e00000u>(p, v); }  // 448
 inline void store(e5m2* p, VecF v) { store_fp8<5, 2, 0x47600000u>(p, v); }  // 57344
+inline void store(int8_t* p, VecF v) {
+  const VecF number = select(v == v, v, VecF{});
+  const VecF clamped = min(max(number, broadcast(-128.0f)), broadcast(127.0f));
+  constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23
+  const VecF rounded = (clamped + kRoundToInteger) - kRoundToInteger;
+  typedef int8_t VecI8 __attribute__((vector_size(kLanes)));
+  const VecI8 narrow = __builtin_convertvector(__builtin_convertvector(rounded, VecI), VecI8);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
 
 // The first n < kLanes values; lanes past n read as zero and are not written.
 template <class T>

@@ -15,7 +15,7 @@ struct RowStrides {
 
 // out = x * rsqrt(mean(x^2) + eps) * (weight + weight_bias), where x = input, or
 // x = input + residual, which is also stored to residual (rounded; the norm uses the exact sum).
-// out may be input. An fp8 out stores saturate(out / quant_scale).
+// out may be input. An fp8 or int8 out stores saturate(out / quant_scale).
 struct RmsNormParams {
   const void* input;   // [num_outer, num_inner, hidden_size]
   void* residual;      // [num_outer, num_inner, hidden_size], read and written; may be nullptr
@@ -38,7 +38,7 @@ struct RmsNormParams {
 struct LayerNormParams {
   const void* input;         // [num_outer, num_inner, hidden_size]
   const float* gamma;        // [hidden_size]
-  const float* beta;         // [hidden_size]; nullptr = 0
+  const float* beta;         // [hidden_size]
   void* out;                 // [num_outer, num_inner, hidden_size]
   const float* quant_scale;  // [1]; nullptr = quant_scale_value
   RowStrides input_strides;

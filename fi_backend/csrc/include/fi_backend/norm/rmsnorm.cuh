@@ -1,17 +1,13 @@
 // RMS norm of rows, with an optional residual added first; see norm_params.h for the formula.
 #pragma once
 
-#include <fi_backend/common/div.h>
 #include <fi_backend/norm/norm_params.h>
 
-#include <fi_backend/common/reduce.cuh>
 #include <fi_backend/common/vec.cuh>
+#include <fi_backend/norm/norm_rows.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 
 namespace fi {
-
-inline constexpr int kRmsNormMaxThreads = 512;
-inline constexpr int kRmsNormVecsPerThread = 4;
 
 // In stores input, residual and weight, Out the result; kVecSize elements move as one access.
 template <class In_, class Out_, int kVecSize_, bool kHasResidual_>
@@ -32,16 +28,13 @@ struct RmsNormRow {
   typename Traits::Out* out;
 
   __device__ __forceinline__ RmsNormRow(const RmsNormParams& p, int64_t row) {
-    QuotRem at = {row, 0};
-    if (p.num_inner != 1) at = divide_index(row, p.num_inner);
-    const auto offset = [&](const RowStrides& strides) {
-      return at.quot * strides.outer + at.rem * strides.inner;
-    };
-    input = static_cast<const typename Traits::In*>(p.input) + offset(p.input_strides);
+    using In = typename Traits::In;
+    const QuotRem at = find_row(row, p.num_inner);
+    input = row_at(static_cast<const In*>(p.input), p.input_strides, at);
     if constexpr (Traits::kHasResidual) {
-      residual = static_cast<typename Traits::In*>(p.residual) + offset(p.residual_strides);
+      residual = row_at(static_cast<In*>(p.residual), p.residual_strides, at);
     }
-    out = static_cast<typename Traits::Out*>(p.out) + offset(p.out_strides);
+    out = row_at(static_cast<typename Traits::Out*>(p.out), p.out_strides, at);
   }
 };
 
@@ -77,7 +70,7 @@ __device__ __forceinline__ typename Traits::OutVec scale_x(float (&x)[Traits::kV
 #pragma unroll
   for (int i = 0; i < Traits::kVecSize; ++i) {
     x[i] = x[i] * rsqrt_mean * (w[i] + weight_bias);
-    if constexpr (kIsFp8<typename Traits::Out>) x[i] /= quant_scale;
+    if constexpr (kIsQuantized<typename Traits::Out>) x[i] /= quant_scale;
   }
   return Traits::OutVec::from_floats(x);
 }
@@ -85,12 +78,12 @@ __device__ __forceinline__ typename Traits::OutVec scale_x(float (&x)[Traits::kV
 // Rows that fit in the registers of one block, so that they are read once. Block: x = threads of a
 // row (a power of two up to a warp, or whole warps and then y = 1), y = rows; grid: all rows.
 template <class Traits>
-__global__ void __launch_bounds__(kRmsNormMaxThreads)
+__global__ void __launch_bounds__(kNormMaxThreads)
     rmsnorm_kernel(const __grid_constant__ RmsNormParams p) {
   using In = typename Traits::In;
   using InVec = typename Traits::InVec;
   constexpr int kVecSize = Traits::kVecSize;
-  constexpr int kVecs = kRmsNormVecsPerThread;
+  constexpr int kVecs = kNormVecsPerThread;
   ptx::grid_dependency_wait();
 
   // Threads without a row go on: the reduction needs all of them.
@@ -99,7 +92,8 @@ __global__ void __launch_bounds__(kRmsNormMaxThreads)
   const RmsNormRow<Traits> row(p, has_row ? row_idx : 0);
   // Accesses of neighbouring threads are neighbours in memory.
   const auto element = [](int v) { return int(v * blockDim.x + threadIdx.x) * kVecSize; };
-  const auto is_mine = [&](int v) { return has_row && element(v) < p.hidden_size; };
+  const int num_elements = has_row ? p.hidden_size : 0;
+  const auto is_mine = [&](int v) { return element(v) < num_elements; };
 
   // Start every load before the first use. NOTE: these loads allocate in L1, although nothing is
   // read again: the kernel is 3 % slower on an H200 where they do not.
@@ -123,7 +117,7 @@ __global__ void __launch_bounds__(kRmsNormMaxThreads)
     if constexpr (Traits::kHasResidual) InVec::from_floats(x[v]).store(row.residual + element(v));
     sum = add_squares(sum, x[v]);
   }
-  sum = sum_over_threads<kRmsNormMaxThreads>(sum, blockDim.x, threadIdx.x);
+  sum = sum_over_threads<kNormMaxThreads>(sum, blockDim.x, threadIdx.x);
 
   const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
   const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
@@ -139,7 +133,7 @@ __global__ void __launch_bounds__(kRmsNormMaxThreads)
 // Rows of any length and alignment: a block reads its row twice, the second time from cache.
 // Block: x = whole warps; grid: all rows.
 template <class Traits>
-__global__ void __launch_bounds__(kRmsNormMaxThreads)
+__global__ void __launch_bounds__(kNormMaxThreads)
     rmsnorm_long_kernel(const __grid_constant__ RmsNormParams p) {
   using In = typename Traits::In;
   using InVec = typename Traits::InVec;
@@ -158,7 +152,7 @@ __global__ void __launch_bounds__(kRmsNormMaxThreads)
     load_x(i, x);
     sum = add_squares(sum, x);
   }
-  sum = sum_over_threads<kRmsNormMaxThreads>(sum, blockDim.x, threadIdx.x);
+  sum = sum_over_threads<kNormMaxThreads>(sum, blockDim.x, threadIdx.x);
 
   const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
   const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;

@@ -3,7 +3,7 @@
 
 #include <fi_backend/norm/rmsnorm_launch.h>
 
-#include <fi_backend/common/launch.cuh>
+#include <fi_backend/norm/norm_rows_launch.cuh>
 #include <fi_backend/norm/rmsnorm.cuh>
 
 namespace fi {
@@ -11,9 +11,8 @@ namespace fi {
 // Address rows of several inner positions as one dimension where the strides allow it, which spares
 // a division per row.
 inline void collapse_rows(RmsNormParams& p) {
-  const auto is_flat = [&](const RowStrides& s) { return s.outer == s.inner * p.num_inner; };
-  const bool residual_is_flat = p.residual == nullptr || is_flat(p.residual_strides);
-  if (p.num_inner == 1 || !is_flat(p.input_strides) || !is_flat(p.out_strides) ||
+  const bool residual_is_flat = p.residual == nullptr || is_flat(p.residual_strides, p.num_inner);
+  if (!is_flat(p.input_strides, p.num_inner) || !is_flat(p.out_strides, p.num_inner) ||
       !residual_is_flat) {
     return;
   }
@@ -24,31 +23,18 @@ inline void collapse_rows(RmsNormParams& p) {
   p.num_inner = 1;
 }
 
-// Threads enough for a row of `num_vecs` accesses, kRmsNormVecsPerThread each: whole warps, or a
-// power of two of lanes, several rows a block then.
-inline dim3 make_row_block(int num_vecs) {
-  constexpr unsigned kMinThreads = 128;
-  const unsigned threads = (num_vecs + kRmsNormVecsPerThread - 1) / kRmsNormVecsPerThread;
-  if (threads > kWarpSize) return dim3((threads + kWarpSize - 1) / kWarpSize * kWarpSize);
-  unsigned lanes = 1;
-  while (lanes < threads) lanes *= 2;
-  return dim3(lanes, kMinThreads / lanes);
-}
-
 template <class Traits>
 cudaError_t launch_rmsnorm_kernel(const RmsNormParams& p, cudaStream_t stream) {
   const int num_vecs = p.hidden_size / Traits::kVecSize;
   const int64_t num_rows = p.num_outer * p.num_inner;
   if constexpr (Traits::kVecSize > 1) {
-    if (num_vecs <= kRmsNormVecsPerThread * kRmsNormMaxThreads) {
+    if (fits_registers(num_vecs)) {
       const dim3 block = make_row_block(num_vecs);
       const int64_t num_blocks = (num_rows + block.y - 1) / block.y;
       return launch(rmsnorm_kernel<Traits>, num_blocks, block, stream, p.enable_pdl, p);
     }
   }
-  const int warps = (num_vecs + kWarpSize - 1) / kWarpSize;
-  constexpr int kMaxWarps = kRmsNormMaxThreads / kWarpSize;
-  const dim3 block((warps < kMaxWarps ? warps : kMaxWarps) * kWarpSize);
+  const dim3 block = make_long_row_block(num_vecs);
   return launch(rmsnorm_long_kernel<Traits>, num_rows, block, stream, p.enable_pdl, p);
 }
 

@@ -3,6 +3,7 @@
 
 #include <fi_backend/common/div.h>
 #include <fi_backend/common/head_tile.h>
+#include <fi_backend/common/index_array.h>
 #include <fi_backend/page/append_params.h>
 
 #include <fi_backend/common/vec.cuh>
@@ -28,9 +29,7 @@ struct CacheSlot {
 __device__ __forceinline__ CacheSlot find_slot(const AppendParams& p, int64_t token) {
   constexpr CacheSlot kSkip = {-1, 0};
   if (p.slot_mapping != nullptr) {
-    const int64_t slot = p.slot_mapping_is_int64
-                             ? static_cast<const int64_t*>(p.slot_mapping)[token]
-                             : static_cast<const int32_t*>(p.slot_mapping)[token];
+    const int64_t slot = IndexArray{p.slot_mapping, p.slot_mapping_is_int64}[token];
     if (slot < 0) return kSkip;
     const QuotRem at = divide_index(slot, p.page_size);
     return at.quot < p.num_pages ? CacheSlot{at.quot, at.rem} : kSkip;
@@ -44,6 +43,17 @@ __device__ __forceinline__ CacheSlot find_slot(const AppendParams& p, int64_t to
   return page >= 0 && page < p.num_pages ? CacheSlot{page, position % p.page_size} : kSkip;
 }
 
+// Round to the cache's type.
+template <class Traits>
+__device__ __forceinline__ typename Traits::CacheVec round_to_cache(float (&x)[Traits::kVecSize],
+                                                                    float scale) {
+  if constexpr (kIsFp8<typename Traits::Cache>) {
+#pragma unroll
+    for (float& element : x) element /= scale;
+  }
+  return Traits::CacheVec::from_floats(x);
+}
+
 // Convert to the cache's type. Equal types are copied, so that every bit, NaNs too, stays.
 template <class Traits>
 __device__ __forceinline__ typename Traits::CacheVec to_cache(const typename Traits::InVec& vec,
@@ -53,11 +63,7 @@ __device__ __forceinline__ typename Traits::CacheVec to_cache(const typename Tra
   } else {
     float x[Traits::kVecSize];
     vec.to_floats(x);
-    if constexpr (kIsFp8<typename Traits::Cache>) {
-#pragma unroll
-      for (float& element : x) element /= scale;
-    }
-    return Traits::CacheVec::from_floats(x);
+    return round_to_cache<Traits>(x, scale);
   }
 }
 
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   const PageStrides& vc = p.value_cache_strides;
   ptx::grid_dependency_wait();
 
-  const auto [token, head] = head_tile_position(p.num_kv_heads);
+  const auto [token, head] = head_tile_position();
   if (token >= p.num_tokens || head >= p.num_kv_heads) return;
   const In* key =
       static_cast<const In*>(p.key) + token * p.key_strides.token + head * p.key_strides.head;

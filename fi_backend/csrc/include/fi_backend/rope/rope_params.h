@@ -5,6 +5,8 @@
 
 namespace fi {
 
+inline constexpr int kMaxRotaryDim = 1024;
+
 // Element strides of rows [num_tokens, num_heads, head_dim], last dimension contiguous.
 struct RopeStrides {
   int64_t token;
@@ -16,7 +18,8 @@ struct RopeStrides {
 // interleaved. Outputs may be the inputs.
 //
 // The position of token t is pos_ids[t]; or, without pos_ids, offsets[b] + t - indptr[b] for the
-// request b that owns it, and tokens that no request owns are not written.
+// request b that owns it, and tokens that no request owns are not written. Nor are, on CUDA, tokens
+// whose position is not in the cos_sin cache.
 //
 // The angle of pair i is position * f(i), f(i) = theta^(-2i / rotary_dim) * (s + (1 - s) / scale)
 // with s = clamp(theta^(-2i / rotary_dim) * smooth_slope + smooth_offset, 0, 1): all 0 for plain
@@ -35,14 +38,15 @@ struct RopeParams {
   RopeStrides q_out_strides;
   RopeStrides k_out_strides;
   int64_t cos_sin_stride;  // of a position
+  int64_t max_position;    // rows of cos_sin
   int64_t num_tokens;
   int32_t num_requests;
   int32_t num_qo_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t rotary_dim;  // even
+  double log2_theta;
   float rope_scale;
-  float rope_theta;
   float smooth_slope;
   float smooth_offset;
   bool interleave;

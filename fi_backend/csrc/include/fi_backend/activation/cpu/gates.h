@@ -4,6 +4,7 @@
 // infinity or NaN gives what the textbook formula gives.
 #pragma once
 
+#include "fi_backend/activation/gelu_tail.h"
 #include "fi_backend/cpu/simd.h"
 
 namespace fi::cpu {
@@ -36,19 +37,18 @@ struct Silu {
   VecF operator()(VecF x) const { return x / (1.0f + precise_exp(-x)); }
 };
 
-// x * Phi(x). The tail Q(|x|) = 1 - Phi(|x|) is e^(-x^2 / 2) times a polynomial in
-// 1 / (1 + 0.33 |x| / sqrt(2)), fitted for a relative error of 1e-7.
+// x * Phi(x).
 struct Gelu {
   VecF operator()(VecF x) const {
-    const VecF u = 1.0f / fma(abs(x), broadcast(0.233345238f), broadcast(1.0f));
-    VecF p = broadcast(-0.1353430001f);
-    p = fma(p, u, broadcast(0.4602260274f));
-    p = fma(p, u, broadcast(-0.3511304829f));
-    p = fma(p, u, broadcast(0.4084818772f));
-    p = fma(p, u, broadcast(0.04723063243f));
-    p = fma(p, u, broadcast(0.2012206811f));
-    p = fma(p, u, broadcast(0.1829564952f));
-    p = fma(p, u, broadcast(0.1863577638f));
+    const VecF u = 1.0f / fma(abs(x), broadcast(GeluTail::kScale), broadcast(1.0f));
+    VecF p = broadcast(GeluTail::kP7);
+    p = fma(p, u, broadcast(GeluTail::kP6));
+    p = fma(p, u, broadcast(GeluTail::kP5));
+    p = fma(p, u, broadcast(GeluTail::kP4));
+    p = fma(p, u, broadcast(GeluTail::kP3));
+    p = fma(p, u, broadcast(GeluTail::kP2));
+    p = fma(p, u, broadcast(GeluTail::kP1));
+    p = fma(p, u, broadcast(GeluTail::kP0));
     const VecF tail = 0.5f * u * p * precise_exp(-0.5f * x * x);
     return x * select(x < 0.0f, tail, 1.0f - tail);
   }

@@ -17,11 +17,18 @@ inline float* scratch_row(int64_t size) {
   return row.data();
 }
 
+// Out's value of v: a quantised type holds it over `scale`.
+template <class Out>
+inline VecF scaled_for(VecF v, float scale) {
+  return sizeof(Out) == 1 ? v / scale : v;
+}
+
 // A row is read twice, the second time from the cache. With a residual the second pass reads the
 // unrounded sums: the residual itself where it is stored as float, else a scratch row.
-template <class T>
+template <class T, class Out>
 void rmsnorm(const RmsNormParams& p, int num_threads) {
   const T* weight = static_cast<const T*>(p.weight);
+  const float quant_scale = p.quant_scale != nullptr ? *p.quant_scale : p.quant_scale_value;
   const VecF bias = broadcast(p.weight_bias);
   const int64_t size = p.hidden_size;
   const int64_t bytes_per_row = size * int64_t{sizeof(T)} * (p.residual != nullptr ? 4 : 2);
@@ -32,14 +39,16 @@ void rmsnorm(const RmsNormParams& p, int num_threads) {
       p.num_outer, p.num_inner, bytes_per_row, num_threads, [&](int64_t outer, int64_t inner) {
         const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
                      inner * p.input_strides.inner;
-        T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
+        Out* out =
+            static_cast<Out*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
         if (p.residual == nullptr) {
           const VecF scale = inverse_rms(sum_row(size, [=](int64_t i, auto io) {
             const VecF v = io.read(x + i);
             return v * v;
           }));
           for_each_vector(size, [=](int64_t i, auto io) {
-            io.write(out + i, io.read(x + i) * scale * (io.read(weight + i) + bias));
+            const VecF v = io.read(x + i) * scale * (io.read(weight + i) + bias);
+            io.write(out + i, scaled_for<Out>(v, quant_scale));
           });
           return;
         }
@@ -58,15 +67,17 @@ void rmsnorm(const RmsNormParams& p, int num_threads) {
           return v * v;
         }));
         for_each_vector(size, [=](int64_t i, auto io) {
-          io.write(out + i, io.read(sums + i) * scale * (io.read(weight + i) + bias));
+          const VecF v = io.read(sums + i) * scale * (io.read(weight + i) + bias);
+          io.write(out + i, scaled_for<Out>(v, quant_scale));
         });
       });
 }
 
 // The variance is that of the centred row: E[x^2] - E[x]^2 would cancel.
-template <class T>
+template <class T, class Out>
 void layernorm(const LayerNormParams& p, int num_threads) {
   const float *gamma = p.gamma, *beta = p.beta;
+  const float quant_scale = p.quant_scale != nullptr ? *p.quant_scale : p.quant_scale_value;
   const int64_t size = p.hidden_size;
   const float inverse_size = 1.0f / static_cast<float>(size);
   for_each_row(
@@ -74,7 +85,8 @@ void layernorm(const LayerNormParams& p, int num_threads) {
       [&](int64_t outer, int64_t inner) {
         const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer +
                      inner * p.input_strides.inner;
-        T* out = static_cast<T*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
+        Out* out =
+            static_cast<Out*>(p.out) + outer * p.out_strides.outer + inner * p.out_strides.inner;
         const VecF mean = broadcast(
             inverse_size * sum_row(size, [=](int64_t i, auto io) { return io.read(x + i); }));
         const float variance = inverse_size * sum_row(size, [=](int64_t i, auto io) {
@@ -83,9 +95,8 @@ void layernorm(const LayerNormParams& p, int num_threads) {
                                });
         const VecF scale = broadcast(1.0f / std::sqrt(variance + p.eps));
         for_each_vector(size, [=](int64_t i, auto io) {
-          VecF v = (io.read(x + i) - mean) * scale * io.read(gamma + i);
-          if (beta != nullptr) v += io.read(beta + i);
-          io.write(out + i, v);
+          const VecF v = (io.read(x + i) - mean) * scale * io.read(gamma + i) + io.read(beta + i);
+          io.write(out + i, scaled_for<Out>(v, quant_scale));
         });
       });
 }

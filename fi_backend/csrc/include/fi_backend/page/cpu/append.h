@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fi_backend/common/div.h"
-#include "fi_backend/cpu/index_array.h"
+#include "fi_backend/common/index_array.h"
 #include "fi_backend/page/append_params.h"
 #include "fi_backend/page/cpu/convert.h"
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "fi_backend/cpu/index_array.h"
+#include "fi_backend/common/index_array.h"
 
 namespace fi::cpu {
 

@@ -13,8 +13,6 @@
 
 namespace fi::cpu {
 
-constexpr int kMaxRotaryDim = 1024;
-
 typedef double VecD __attribute__((vector_size(kLanes * 8)));
 typedef int64_t VecL __attribute__((vector_size(kLanes * 8)));
 
@@ -24,9 +22,8 @@ struct RotaryFrequencies {
 
   void set(const RopeParams& p) {
     constexpr double kQuarterTurnsPerRadian = 0.63661977236758134308;  // 2 / pi
-    const double log2_theta = std::log2(double{p.rope_theta});
     for (int i = 0; i < p.rotary_dim / 2; ++i) {
-      const double base = std::exp2(-2.0 * i / p.rotary_dim * log2_theta);
+      const double base = std::exp2(-2.0 * i / p.rotary_dim * p.log2_theta);
       const double ramp = base * p.smooth_slope + p.smooth_offset;
       const double smooth = ramp < 0.0 ? 0.0 : ramp > 1.0 ? 1.0 : ramp;
       quarter_turns[i] = kQuarterTurnsPerRadian * base * (smooth + (1.0 - smooth) / p.rope_scale);

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "fi_backend/cpu/index_array.h"
+#include "fi_backend/common/index_array.h"
 #include "fi_backend/cpu/rows.h"
 #include "fi_backend/rope/cpu/angles.h"
 

@@ -13,15 +13,16 @@ struct Rows {
   int64_t size;
 };
 
-inline Rows check_rows(const char* name, const TensorView& tensor, DLDataType dtype) {
+inline Rows check_rows(const char* name, const TensorView& tensor, DLDataType dtype,
+                       DLDevice device) {
   const int rank = tensor.ndim();
   if (rank < 1 || rank > 3) {
     TVM_FFI_THROW(ValueError) << name << ": rank must be 1, 2 or 3, got shape "
                               << shape_text(tensor.shape().data(), tensor.shape().size());
   }
-  if (rank == 1) check_tensor(name, tensor, dtype, {kAnySize}, kCpu);
-  if (rank == 2) check_tensor(name, tensor, dtype, {kAnySize, kAnySize}, kCpu);
-  if (rank == 3) check_tensor(name, tensor, dtype, {kAnySize, kAnySize, kAnySize}, kCpu);
+  if (rank == 1) check_tensor(name, tensor, dtype, {kAnySize}, device);
+  if (rank == 2) check_tensor(name, tensor, dtype, {kAnySize, kAnySize}, device);
+  if (rank == 3) check_tensor(name, tensor, dtype, {kAnySize, kAnySize, kAnySize}, device);
   if (tensor.size(-1) > std::numeric_limits<int32_t>::max()) {
     TVM_FFI_THROW(ValueError) << name << ": the last dimension must be below 2^31, got "
                               << tensor.size(-1);
@@ -33,10 +34,11 @@ inline Rows check_rows(const char* name, const TensorView& tensor, DLDataType dt
 inline void check_like(const char* name, const TensorView& tensor, DLDataType dtype,
                        const TensorView& model, int64_t size = kAnySize) {
   const int64_t last = size == kAnySize ? model.size(-1) : size;
-  if (model.ndim() == 1) check_tensor(name, tensor, dtype, {last}, kCpu);
-  if (model.ndim() == 2) check_tensor(name, tensor, dtype, {model.size(0), last}, kCpu);
+  const DLDevice device = model.device();
+  if (model.ndim() == 1) check_tensor(name, tensor, dtype, {last}, device);
+  if (model.ndim() == 2) check_tensor(name, tensor, dtype, {model.size(0), last}, device);
   if (model.ndim() == 3) {
-    check_tensor(name, tensor, dtype, {model.size(0), model.size(1), last}, kCpu);
+    check_tensor(name, tensor, dtype, {model.size(0), model.size(1), last}, device);
   }
 }
 
