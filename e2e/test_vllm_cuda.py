@@ -2,9 +2,9 @@
 
 Every engine has a process of its own and all run at the same time. Weights have a standard
 deviation of 0.05 and more, so that attention decides tokens; where ours differ from FLASH_ATTN's,
-its logits must be nearly tied: within 2 bf16 ulp, or, for the models with random weights, which
-amplify every rounding, within what vLLM's own TRITON_ATTN differs from it by on the same prompts
-and texts. That is the yardstick: two engines that a user may choose between.
+its logits must be nearly tied: within 2 bf16 ulp, or within what vLLM's own TRITON_ATTN differs
+from it by on the same prompts and texts. That is the yardstick: two engines that a user may choose
+between.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def all_tasks(models: Models) -> Iterator[tuple[Task, dict[str, str]]]:
     for model in MODELS:
         yield task(f"stock {model}", model, "FLASH_ATTN", DECODE_GRAPHS), V1
         yield task(f"ours {model}", model, "flashinfer", DECODE_GRAPHS), V1
-    for model in PLAIN_SHAPES:
+    for model in MODELS:
         yield task(f"triton {model}", model, "TRITON_ATTN", EAGER), V1
     traced = Batch(models.prompts("fi-tiny")[:8], 8)
     yield task("eager", "fi-tiny", "custom", EAGER), V1
@@ -139,8 +139,6 @@ def generated(result: Result) -> list[list[int]]:
 
 def tied_within(model: str, result: Callable[[str], Result]) -> float:
     """Return how far apart, in ulp, logits may lie where another token is no mistake."""
-    if model not in PLAIN_SHAPES:
-        return NEAR_TIE
     stock, other = (result(f"{backend} {model}") for backend in ("stock", "triton"))
     drawn = stock["batches"][0]
     gaps = token_divergences(drawn["tokens"], drawn["token_scores"], generated(other))
@@ -170,7 +168,7 @@ def test_scores_of_given_texts(name: str, result: Callable[[str], Result]) -> No
     assert max(divergences(want, got), default=0.0) <= tied_within(OURS[name], result)
 
 
-@pytest.mark.parametrize("model", PLAIN_SHAPES)
+@pytest.mark.parametrize("model", MODELS)
 def test_stock_backends_are_a_yardstick(model: str, result: Callable[[str], Result]) -> None:
     within = tied_within(model, result)
     print(f"{model}: FLASH_ATTN and TRITON_ATTN agree within {within} ulp")
@@ -183,8 +181,8 @@ def test_zeroed_attention_is_noticed(result: Callable[[str], Result]) -> None:
     want, got = generated(stock), generated(zeroed)
     gaps = token_divergences(want, stock["batches"][0]["token_scores"], got)
     assert len(gaps) > 16
-    assert max(gaps) > NEAR_TIE
-    assert max(divergences(*(run["batches"][1]["scores"] for run in (stock, zeroed)))) > NEAR_TIE
+    scores = divergences(*(run["batches"][1]["scores"] for run in (stock, zeroed)))
+    assert min(max(gaps), max(scores)) > LARGEST_TIE
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -206,7 +204,7 @@ def test_every_layer_is_ours_and_graphs_are_replayed(
 
 STOCK = {
     **{f"stock {model}": "FlashAttentionImpl" for model in MODELS},
-    **{f"triton {model}": "TritonAttentionImpl" for model in PLAIN_SHAPES},
+    **{f"triton {model}": "TritonAttentionImpl" for model in MODELS},
 }
 
 
@@ -225,7 +223,7 @@ def test_our_kernels_run_inside_the_graphs(name: str, result: Callable[[str], Re
     def count(part: str) -> int:
         return sum(times for kernel, times in kernels.items() if part in kernel)
 
-    assert count("few_rows_kernel") == count("many_rows_kernel") == len(run["layers"]) * steps > 0
+    assert count("few_rows_kernel") == count("many_rows") == len(run["layers"]) * steps > 0
     assert count("device_plan") == steps
     assert not [kernel for kernel in kernels if "flash" in kernel.lower()]
 

@@ -25,7 +25,9 @@ UNWANTED = ("Malloc", "Free", "MemAlloc", "Memcpy", "Memset", "Synchronize", "Qu
 def trace(run: Callable[[], None]) -> tuple[Counter[str], Counter[str]]:
     """Count what `run` does on the GPU, and its calls of CUDA, by name."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as traced:
+    with profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True
+    ) as traced:
         run()
         torch.cuda.synchronize()
     events = traced.events()

@@ -67,12 +67,9 @@ def prefill_steps(metadata: str) -> Iterator[Step]:
     qo_indptr = case.qo_indptr.to(metadata)
     csr = (qo_indptr, table.indptr, table.indices, table.last_page_len)
 
-    def make_step(wrapper: fi.BatchPrefillWithPagedKVCacheWrapper) -> Step:
+    def make_step(wrapper: fi.BatchPrefillWithPagedKVCacheWrapper, **options: Any) -> Step:
         def step() -> Any:
-            options = {"causal": True, "pos_encoding_mode": "ALIBI"}
             wrapper.plan(*csr, *case.heads, PAGE_SIZE, q_data_type=dtype, **options)
-            wrapper.run(rows, table.cache)
-            wrapper.plan(*csr, *case.heads, PAGE_SIZE, q_data_type=dtype, custom_mask=mask)
             return wrapper.run_return_lse(rows, table.cache)
 
         return step
@@ -81,8 +78,10 @@ def prefill_steps(metadata: str) -> Iterator[Step]:
         "custom_mask_buf": torch.zeros(1 << 12, dtype=torch.uint8),
         "mask_indptr_buf": int32([0] * 4),
     }
-    yield make_step(prefill_wrapper())
-    yield make_step(prefill_wrapper(use_cuda_graph=True, **prefill_buffers(3, 40), **masks))
+    for options in ({"causal": True, "pos_encoding_mode": "ALIBI"}, {"custom_mask": mask}):
+        yield make_step(prefill_wrapper(), **options)
+        wrapper = prefill_wrapper(use_cuda_graph=True, **prefill_buffers(3, 40), **masks)
+        yield make_step(wrapper, **options)
     ragged = fi.BatchPrefillWithRaggedKVCacheWrapper(workspace())
     kv_indptr, (k, v) = case.kv_indptr.to(metadata), case.ragged()
 
