@@ -1,10 +1,10 @@
 // Attention of requests with few query rows: bound by reading K and V once.
 //
 // As many CTAs as are resident share the workers of the plan, mostly one each. A CTA computes the
-// units of its workers one after the other. One warp copies, through a ring of stages; the tiles of
-// a stage are dealt to the other warps, each of which keeps its own softmax state. At the end of a
-// unit the states of the warps are merged in their order: the bits of a unit depend on nothing but
-// the unit.
+// units of its workers one after the other. One warp or two copy, through rings of stages; the
+// tiles of a stage are dealt to the other warps, each of which keeps its own softmax state. At the
+// end of a unit the states of the warps are merged in their order: the bits of a unit depend on
+// nothing but the unit.
 #pragma once
 
 #include <fi_backend/attention/few_rows_copies.cuh>
@@ -25,9 +25,9 @@ class FewRowsCompute {
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
 
  public:
-  // `ring`: shared address of the first stage.
-  __device__ __forceinline__ FewRowsCompute(const FewRowsParams& p, Shared& shared, uint32_t ring)
-      : p_(p), shared_(shared), ring_(ring) {}
+  // `rings`: shared address of the first stage of K.
+  __device__ __forceinline__ FewRowsCompute(const FewRowsParams& p, Shared& shared, uint32_t rings)
+      : p_(p), shared_(shared), rings_(rings) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
@@ -52,7 +52,7 @@ class FewRowsCompute {
       }
       barrier();
       write_block(unit, blocks - 1);
-      end_stage(scratch_);
+      end_stage(kKeys, scratch_);
       if (!unit.is_whole_item && unit.ends_piece) finish_piece(unit);
       arrive_as_warp(barriers.empty);
     }
@@ -73,25 +73,27 @@ class FewRowsCompute {
     if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(ptx::shared_address(&empty));
   }
 
-  __device__ __forceinline__ RingPlace take_stage() {
-    const RingPlace place = stage_;
-    stage_.advance(p_.num_stages);
+  __device__ __forceinline__ RingPlace take_stage(RingSide side) {
+    RingPlace& next = side == kKeys ? keys_ : values_;
+    const RingPlace place = next;
+    next.advance(ring_slots(p_.num_stages, side));
     return place;
   }
   // Wait until a stage is full; return its shared address.
-  __device__ __forceinline__ uint32_t begin_stage(const RingPlace& stage) const {
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.stage_barriers[stage.slot].full), stage.parity);
-    return ring_ + stage.slot * Traits::kStageBytes;
+  __device__ __forceinline__ uint32_t begin_stage(RingSide side, const RingPlace& place) const {
+    const SlotBarriers& barriers = shared_.stage_barriers[side][place.slot];
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.full), place.parity);
+    return rings_ + stage_offset<Traits>(p_.num_stages, side, place);
   }
-  __device__ __forceinline__ void end_stage(const RingPlace& stage) const {
-    arrive_as_warp(shared_.stage_barriers[stage.slot].empty);
+  __device__ __forceinline__ void end_stage(RingSide side, const RingPlace& place) const {
+    arrive_as_warp(shared_.stage_barriers[side][place.slot].empty);
   }
 
   // Where warps bring a block of rows together: [kTokenWarps, kRowBlock, kVo], swizzled.
   __device__ __forceinline__ float* scratch_values(int token_warp) const {
-    auto* ring = reinterpret_cast<uint8_t*>(&shared_ + 1);
-    return reinterpret_cast<float*>(ring + scratch_.slot * Traits::kStageBytes) +
-           token_warp * kRowBlock * Traits::kVo;
+    auto* rings = reinterpret_cast<uint8_t*>(&shared_ + 1);
+    const uint32_t offset = stage_offset<Traits>(p_.num_stages, kKeys, scratch_);
+    return reinterpret_cast<float*>(rings + offset) + token_warp * kRowBlock * Traits::kVo;
   }
 
   // Compute a unit, up to kBlocks blocks of rows of which are this warp's. All but the unit's last
@@ -107,16 +109,16 @@ class FewRowsCompute {
     const bool has_rows = first_row < unit.num_rows;
 #pragma unroll 1
     for (int32_t token = unit.tokens.begin; token < end; token += Traits::kStageTokens) {
-      const RingPlace keys = take_stage();
-      const RingPlace values = take_stage();
-      const uint32_t keys_at = begin_stage(keys);
+      const RingPlace keys = take_stage(kKeys);
+      const RingPlace values = take_stage(kValues);
+      const uint32_t keys_at = begin_stage(kKeys, keys);
 #pragma unroll
       for (int i = 0; i < Traits::kTilesPerWarp; ++i) {
         const int row = (i * kTokenWarps + token_warp()) * kTileTokens;
         const bool is_last = i + 1 == Traits::kTilesPerWarp;
         const auto begin_values = [&] {
-          if (is_last) end_stage(keys);
-          return begin_stage(values) + row * Traits::VRows::kRowBytes;
+          if (is_last) end_stage(kKeys, keys);
+          return begin_stage(kValues, values) + row * Traits::VRows::kRowBytes;
         };
         if (has_rows && token + row < end) {
           softmax.attend(keys_at + row * Traits::KRows::kRowBytes, token + row, end, begin_values);
@@ -124,11 +126,11 @@ class FewRowsCompute {
           begin_values();  // a slot may only be given back that was filled
         }
       }
-      end_stage(values);
+      end_stage(kValues, values);
     }
     softmax.finish();
-    scratch_ = take_stage();
-    begin_stage(scratch_);
+    scratch_ = take_stage(kKeys);
+    begin_stage(kKeys, scratch_);
     for (int block = 0;; ++block) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -218,9 +220,10 @@ class FewRowsCompute {
 
   const FewRowsParams& p_;
   Shared& shared_;
-  uint32_t ring_;
+  uint32_t rings_;
   const LogitRow* rows_ = nullptr;
-  RingPlace stage_ = {};
+  RingPlace keys_ = {};
+  RingPlace values_ = {};
   RingPlace scratch_ = {};
 };
 
@@ -239,18 +242,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
-  const uint32_t ring = ptx::shared_address(&shared + 1);
+  const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
-    init_slots(shared.stage_barriers, p.num_stages, kStageArrivals, Traits::kComputeWarps);
+    init_slots(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys), kStageArrivals,
+               Traits::kComputeWarps);
+  } else if (threadIdx.x == 2 * kWarpSize) {
+    init_slots(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues), kStageArrivals,
+               Traits::kComputeWarps);
   } else if (threadIdx.x == kWarpSize) {
     init_slots(shared.unit_barriers, Traits::kUnitSlots, kUnitArrivals, Traits::kComputeWarps);
   }
   ptx::grid_dependency_wait();
   if (threadIdx.x < Traits::kComputeThreads) {
     __syncthreads();  // the other warp begins with loads
-    FewRowsCompute<Traits>(p, shared, ring).run();
+    FewRowsCompute<Traits>(p, shared, rings).run();
   } else {
-    FewRowsCopies<Traits>(p, shared, ring).run();
+    FewRowsCopies<Traits>(p, shared, rings).run();
   }
 }
 

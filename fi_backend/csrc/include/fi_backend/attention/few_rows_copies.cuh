@@ -1,8 +1,8 @@
-// The warp of the few-row kernel that copies: it walks over the worker's units and keeps queries, K
+// The warps of the few-row kernel that copy: they walk over the worker's units and keep queries, K
 // and V ahead of the warps that compute, across the borders of work items.
 //
-// Stages of the ring are used in turn, per unit: K, V, K, V, .., and one that stays empty, where
-// the other warps bring their accumulators together.
+// After the K of a unit, one stage of that ring stays empty: there the other warps bring their
+// accumulators together.
 #pragma once
 
 #include <fi_backend/attention/few_rows_params.cuh>
@@ -30,13 +30,13 @@ class FewRowsCopies {
   static constexpr int kGroups = Traits::kStageTokens / kWarpSize;  // of a token for each lane
 
  public:
-  // `ring`: shared address of the first stage.
-  __device__ __forceinline__ FewRowsCopies(const FewRowsParams& p, Shared& shared, uint32_t ring)
-      : p_(p), a_(p.attention), shared_(shared), ring_(ring) {}
+  // `rings`: shared address of the first stage of K.
+  __device__ __forceinline__ FewRowsCopies(const FewRowsParams& p, Shared& shared, uint32_t rings)
+      : p_(p), a_(p.attention), shared_(shared), rings_(rings) {}
 
   __device__ __forceinline__ void run() {
     constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
-    if (lane() < kGeometryInts) {
+    if (copies_keys() && lane() < kGeometryInts) {
       reinterpret_cast<int32_t*>(&shared_.geometry)[lane()] =
           reinterpret_cast<const int32_t*>(p_.geometry)[lane()];
     }
@@ -54,7 +54,7 @@ class FewRowsCopies {
       if (worker >= p_.num_workers) break;
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     }
-    publish_end();
+    if (copies_keys()) publish_end();
     // Not before: thread blocks of the next kernel would take the places of those that have nothing
     // to do, and so share fewer SMs among them.
     ptx::grid_dependency_launch();
@@ -74,6 +74,15 @@ class FewRowsCopies {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kWarpSize; }
 
+  // The share of this warp. That of K comes with the units.
+  __device__ __forceinline__ static int copy_warp() {
+    return Traits::kCopyWarps == 1 ? 0 : (int(threadIdx.x) - Traits::kComputeThreads) / kWarpSize;
+  }
+  __device__ __forceinline__ static bool copies_keys() { return copy_warp() == 0; }
+  __device__ __forceinline__ static bool copies_values() {
+    return copy_warp() == Traits::kCopyWarps - 1;
+  }
+
   __device__ __forceinline__ PageRow pages_of(int32_t request) const {
     const int32_t* table = a_.pages.pages_of(request);
     return {table, table == nullptr ? a_.pages.indptr[request] : 0};
@@ -85,23 +94,27 @@ class FewRowsCopies {
     const int32_t end = units.tokens().end;
     const PageRow pages = pages_of(units.piece().request);
     load_page_ids(pages, begin, end);
-    copy_queries(g, units);
+    if (copies_keys()) copy_queries(g, units);
     const int head = units.piece().kv_head;
     int32_t token = begin;
     do {
       const TokenPlaces places = places_;
       load_page_ids(pages, token + Traits::kStageTokens, end);
-      if (token < end) {
-        copy_stage<typename Traits::KRows>(a_.k_cache, a_.k_strides, head, places, end - token);
+      if (copies_keys() && token < end) {
+        copy_stage<typename Traits::KRows>(keys_, kKeys, a_.k_cache, a_.k_strides, head, places,
+                                           end - token);
       }
-      if (token == begin) publish(units);
-      if (token < end) {
-        copy_stage<typename Traits::VRows>(a_.v_cache, a_.v_strides, head, places, end - token);
+      if (copies_keys() && token == begin) publish(units);
+      if (copies_values() && token < end) {
+        copy_stage<typename Traits::VRows>(values_, kValues, a_.v_cache, a_.v_strides, head, places,
+                                           end - token);
       }
       token += Traits::kStageTokens;
     } while (token < end);
-    begin_stage();
-    end_stage([](uint32_t barrier) { ptx::mbarrier_arrive(barrier); });
+    if (copies_keys()) {
+      begin_stage(keys_, kKeys);
+      end_stage(keys_, kKeys, [](uint32_t barrier) { ptx::mbarrier_arrive(barrier); });
+    }
   }
 
   // Find the places of a stage's tokens. Pages past the unit's last token are not looked up.
@@ -155,21 +168,22 @@ class FewRowsCopies {
     return ptx::shared_address(&shared_.unit_barriers[unit_.slot].full);
   }
 
-  // Wait until the next stage is free; return its shared address.
-  __device__ __forceinline__ uint32_t begin_stage() const {
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.stage_barriers[stage_.slot].empty),
-                       stage_.parity ^ 1);
-    return ring_ + stage_.slot * Traits::kStageBytes;
+  // Wait until the next stage of a ring is free; return its shared address.
+  __device__ __forceinline__ uint32_t begin_stage(const RingPlace& place, RingSide side) const {
+    const SlotBarriers& barriers = shared_.stage_barriers[side][place.slot];
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.empty), place.parity ^ 1);
+    return rings_ + stage_offset<Traits>(p_.num_stages, side, place);
   }
   template <class Arrive>
-  __device__ __forceinline__ void end_stage(const Arrive& arrive) {
-    arrive(ptx::shared_address(&shared_.stage_barriers[stage_.slot].full));
-    stage_.advance(p_.num_stages);
+  __device__ __forceinline__ void end_stage(RingPlace& place, RingSide side, const Arrive& arrive) {
+    arrive(ptx::shared_address(&shared_.stage_barriers[side][place.slot].full));
+    place.advance(ring_slots(p_.num_stages, side));
   }
 
   // Copy `count` or all tokens of a stage.
   template <class Rows>
-  __device__ __forceinline__ void copy_stage(const void* cache, const KvStrides& strides, int head,
+  __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const void* cache,
+                                             const KvStrides& strides, int head,
                                              const TokenPlaces& places, int32_t count) {
     const Kv* base = static_cast<const Kv*>(cache) + head * strides.head;
 #pragma unroll
@@ -178,14 +192,15 @@ class FewRowsCopies {
       set_row(g * kWarpSize + lane(), row, count);
     }
     constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
-    copy_rows<Rows, kBlock>(begin_stage(), min(count, Traits::kStageTokens));
-    end_stage([](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
+    copy_rows<Rows, kBlock>(begin_stage(place, side), min(count, Traits::kStageTokens));
+    end_stage(place, side, [](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
   }
 
   // Say where a row begins that is to be copied. Rows past `count` are zeros: their weights are 0,
   // and nothing else times 0 is sure to be 0.
   __device__ __forceinline__ void set_row(int row, const void* from, int32_t count) const {
-    shared_.copied_rows[row] = reinterpret_cast<uint64_t>(row < count ? from : zero_row);
+    shared_.copied_rows[copy_warp()][row] =
+        reinterpret_cast<uint64_t>(row < count ? from : zero_row);
   }
 
   // Copy the rows that were set, rounded up to blocks of kBlock. Lanes know different rows than
@@ -197,7 +212,7 @@ class FewRowsCopies {
     constexpr bool kCopiesWholeRows = kStep * Rows::kChunks == kWarpSize;
     // Addresses are loaded so many at a time: a copy after each load would wait for it.
     constexpr int kInFlight = kCopiesWholeRows || kCopies < 4 ? kCopies : 4;
-    const uint64_t* rows = shared_.copied_rows;
+    const uint64_t* rows = shared_.copied_rows[copy_warp()];
     __syncwarp();
 #pragma unroll 1
     for (; count > 0; count -= kBlock) {
@@ -234,9 +249,10 @@ class FewRowsCopies {
   const FewRowsParams& p_;
   const AttentionParams& a_;
   Shared& shared_;
-  uint32_t ring_;
+  uint32_t rings_;
   RingPlace unit_ = {};
-  RingPlace stage_ = {};
+  RingPlace keys_ = {};
+  RingPlace values_ = {};
   TokenPlaces places_ = {};
 };
 

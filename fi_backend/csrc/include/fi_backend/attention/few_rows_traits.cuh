@@ -39,13 +39,16 @@ struct FewRowsTraits {
   static constexpr int kBlocksPerWarp = kUnitBlocks / kRowGroups;
   static constexpr int kComputeWarps = kTokenWarps * kRowGroups;
   static constexpr int kComputeThreads = kComputeWarps * kWarpSize;
-  static constexpr int kThreads = kComputeThreads + kWarpSize;  // and a warp that copies
+  // One block an SM needs a warp for copies of K and one for V; where there are more blocks, one
+  // does both.
+  static constexpr int kCopyWarps = kRowGroups;
+  static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
   static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
 
   using QRows = SwizzledRows<kQk * 2>;
   using KRows = SwizzledRows<kQk* int(sizeof(Kv))>;
   using VRows = SwizzledRows<kVo* int(sizeof(Kv))>;
-  // A stage of the ring is one tile or more of K, or of V, for each of kTokenWarps. It has room for
+  // A stage of a ring is one tile or more of K, or of V, for each of kTokenWarps. It has room for
   // what they have accumulated of a block of rows.
   static constexpr int kTilesPerWarp = 2 / int(sizeof(Kv));
   static constexpr int kStageTokens = kTilesPerWarp * kTokenWarps * kTileTokens;
@@ -79,16 +82,23 @@ struct SlotBarriers {
   uint64_t empty;
 };
 
-// Shared memory begins with this; the ring [num_stages, kStageBytes] follows.
+// K and V have rings of their own, so that different warps may fill them.
+enum RingSide { kKeys = 0, kValues = 1 };
+
+FI_HOST_DEVICE constexpr int ring_slots(int num_stages, int side) {
+  return (num_stages + 1 - side) / 2;
+}
+
+// Shared memory begins with this; the rings of K and of V [num_stages, kStageBytes] follow.
 template <class Traits>
 struct alignas(128) FewRowsShared {
   uint8_t q[Traits::kUnitSlots][Traits::kUnitRows * Traits::QRows::kRowBytes];  // swizzled
   FewRowsUnit units[Traits::kUnitSlots];
   LogitRow rows[2][Traits::kUnitRows];          // of a unit and the next, in turn
   SoftmaxState states[kTokenWarps][kRowBlock];  // of a block
-  uint64_t copied_rows[Traits::kStageTokens];   // addresses
+  uint64_t copied_rows[Traits::kCopyWarps][Traits::kStageTokens];  // addresses
   SlotBarriers unit_barriers[Traits::kUnitSlots];
-  SlotBarriers stage_barriers[kFewRowsMaxStages];
+  SlotBarriers stage_barriers[2][ring_slots(kFewRowsMaxStages, kKeys)];
   WorkGeometry geometry;
   bool is_last;  // to finish a piece of an item
 };
@@ -106,7 +116,15 @@ struct RingPlace {
   }
 };
 
-// What fits an SM: CTAs, stages of the ring of each, and their shared memory.
+// Where a stage begins, from the first stage of K on.
+template <class Traits>
+__device__ __forceinline__ uint32_t stage_offset(int num_stages, RingSide side,
+                                                 const RingPlace& place) {
+  const uint32_t first = side == kValues ? ring_slots(num_stages, kKeys) : 0;
+  return (first + place.slot) * Traits::kStageBytes;
+}
+
+// What fits an SM: CTAs, stages of the rings of each, and their shared memory.
 struct FewRowsShape {
   int ctas_per_sm;
   int num_stages;
