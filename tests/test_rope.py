@@ -296,8 +296,7 @@ def test_bad_arguments(
     change: Callable[..., tuple[Any, ...]] | None,
     options: dict[str, Any],
 ) -> None:
-    q, k = ones()
-    arguments: tuple[Any, ...] = (q, k, torch.zeros(4).int())
+    arguments: tuple[Any, ...] = (*ones(), torch.zeros(4).int())
     if change is not None:
         arguments = change(*arguments)
     with pytest.raises(error, match=message):

@@ -46,6 +46,13 @@ __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
+// Two values rounded as from_float does, the first one in the lower byte.
+template <class Fp8>
+__device__ __forceinline__ uint16_t pack_fp8_pair(float2 x) {
+  return __nv_cvt_float2_to_fp8x2(x, __NV_SATFINITE,
+                                  kIsSame<Fp8, __nv_fp8_e4m3> ? __NV_E4M3 : __NV_E5M2);
+}
+
 // Round to nearest even. fp8 and int8 saturate: values out of range and infinities become the
 // nearest value there is. The NaN of int8 is 0.
 template <class T>

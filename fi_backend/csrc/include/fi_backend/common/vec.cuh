@@ -73,9 +73,15 @@ struct Vec {
   }
   __device__ __forceinline__ static Vec from_floats(const float (&x)[kSize]) {
     Vec v;
-    T* elements = reinterpret_cast<T*>(&v.word);
+    if constexpr (kIsFp8<T> && kSize % 2 == 0) {
+      uint16_t* pairs = reinterpret_cast<uint16_t*>(&v.word);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) elements[i] = from_float<T>(x[i]);
+      for (int i = 0; i < kSize; i += 2) pairs[i / 2] = pack_fp8_pair<T>({x[i], x[i + 1]});
+    } else {
+      T* elements = reinterpret_cast<T*>(&v.word);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) elements[i] = from_float<T>(x[i]);
+    }
     return v;
   }
 };

@@ -3,6 +3,7 @@
 
 #include <fi_backend/norm/norm_params.h>
 
+#include <fi_backend/common/scale_divider.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/norm/norm_rows.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
@@ -39,15 +40,16 @@ __device__ __forceinline__ float add_centred_squares(float sum, const float (&x)
 // L1, and read only here, where x needs its registers no longer.
 template <class Traits>
 __device__ __forceinline__ void store_scaled(const LayerNormParams& p, float (&x)[Traits::kVecSize],
-                                             float mean, float rsqrt_variance, float quant_scale,
-                                             typename Traits::Out* out, int i) {
+                                             float mean, float rsqrt_variance,
+                                             const ScaleDivider& divide, typename Traits::Out* out,
+                                             int i) {
   float gamma[Traits::kVecSize], beta[Traits::kVecSize];
   load_floats(p.gamma + i, gamma);
   load_floats(p.beta + i, beta);
 #pragma unroll
   for (int e = 0; e < Traits::kVecSize; ++e) {
     x[e] = (x[e] - mean) * rsqrt_variance * gamma[e] + beta[e];
-    if constexpr (kIsQuantized<typename Traits::Out>) x[e] /= quant_scale;
+    if constexpr (kIsQuantized<typename Traits::Out>) x[e] = divide(x[e]);
   }
   Traits::OutVec::from_floats(x).store(out + i);
 }
@@ -96,11 +98,11 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1)
   squares = sum_over_threads<kNormMaxThreads, 1>(squares, blockDim.x, threadIdx.x);
 
   const float rsqrt_variance = rsqrtf(squares / p.hidden_size + p.eps);
-  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
+  const ScaleDivider divide(p.quant_scale ? *p.quant_scale : p.quant_scale_value);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (!is_mine(v)) break;
-    store_scaled<Traits>(p, x[v], mean, rsqrt_variance, quant_scale, out, element(v));
+    store_scaled<Traits>(p, x[v], mean, rsqrt_variance, divide, out, element(v));
   }
   ptx::grid_dependency_launch();
 }
@@ -133,10 +135,10 @@ __global__ void __launch_bounds__(kNormMaxThreads)
   squares = sum_over_threads<kNormMaxThreads, 1>(squares, blockDim.x, threadIdx.x);
 
   const float rsqrt_variance = rsqrtf(squares / p.hidden_size + p.eps);
-  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
+  const ScaleDivider divide(p.quant_scale ? *p.quant_scale : p.quant_scale_value);
   for (int i = first; i < p.hidden_size; i += step) {
     Traits::InVec::load(input + i).to_floats(x);
-    store_scaled<Traits>(p, x, mean, rsqrt_variance, quant_scale, out, i);
+    store_scaled<Traits>(p, x, mean, rsqrt_variance, divide, out, i);
   }
   ptx::grid_dependency_launch();
 }

@@ -3,6 +3,7 @@
 
 #include <fi_backend/norm/norm_params.h>
 
+#include <fi_backend/common/scale_divider.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/norm/norm_rows.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
@@ -64,13 +65,13 @@ template <class Traits>
 __device__ __forceinline__ typename Traits::OutVec scale_x(float (&x)[Traits::kVecSize],
                                                            const typename Traits::InVec& weight,
                                                            float rsqrt_mean, float weight_bias,
-                                                           float quant_scale) {
+                                                           const ScaleDivider& divide) {
   float w[Traits::kVecSize];
   weight.to_floats(w);
 #pragma unroll
   for (int i = 0; i < Traits::kVecSize; ++i) {
     x[i] = x[i] * rsqrt_mean * (w[i] + weight_bias);
-    if constexpr (kIsQuantized<typename Traits::Out>) x[i] /= quant_scale;
+    if constexpr (kIsQuantized<typename Traits::Out>) x[i] = divide(x[i]);
   }
   return Traits::OutVec::from_floats(x);
 }
@@ -120,12 +121,11 @@ __global__ void __launch_bounds__(kNormMaxThreads)
   sum = sum_over_threads<kNormMaxThreads>(sum, blockDim.x, threadIdx.x);
 
   const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
-  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
+  const ScaleDivider divide(p.quant_scale ? *p.quant_scale : p.quant_scale_value);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (!is_mine(v)) break;
-    scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, quant_scale)
-        .store(row.out + element(v));
+    scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, divide).store(row.out + element(v));
   }
   ptx::grid_dependency_launch();
 }
@@ -155,12 +155,12 @@ __global__ void __launch_bounds__(kNormMaxThreads)
   sum = sum_over_threads<kNormMaxThreads>(sum, blockDim.x, threadIdx.x);
 
   const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
-  const float quant_scale = p.quant_scale ? *p.quant_scale : p.quant_scale_value;
+  const ScaleDivider divide(p.quant_scale ? *p.quant_scale : p.quant_scale_value);
   for (int i = threadIdx.x * kVecSize; i < p.hidden_size; i += blockDim.x * kVecSize) {
     load_x(i, x);
     const InVec weight = InVec::load(static_cast<const In*>(p.weight) + i);
     if constexpr (Traits::kHasResidual) InVec::from_floats(x).store(row.residual + i);
-    scale_x<Traits>(x, weight, rsqrt_mean, p.weight_bias, quant_scale).store(row.out + i);
+    scale_x<Traits>(x, weight, rsqrt_mean, p.weight_bias, divide).store(row.out + i);
   }
   ptx::grid_dependency_launch();
 }

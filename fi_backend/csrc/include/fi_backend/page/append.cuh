@@ -6,6 +6,7 @@
 #include <fi_backend/common/index_array.h>
 #include <fi_backend/page/append_params.h>
 
+#include <fi_backend/common/scale_divider.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 
@@ -48,8 +49,9 @@ template <class Traits>
 __device__ __forceinline__ typename Traits::CacheVec round_to_cache(float (&x)[Traits::kVecSize],
                                                                     float scale) {
   if constexpr (kIsFp8<typename Traits::Cache>) {
+    const ScaleDivider divide(scale);
 #pragma unroll
-    for (float& element : x) element /= scale;
+    for (float& element : x) element = divide(element);
   }
   return Traits::CacheVec::from_floats(x);
 }
