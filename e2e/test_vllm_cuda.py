@@ -3,13 +3,14 @@
 Every engine has a process of its own and all run at the same time. Weights have a standard
 deviation of 0.05 and more, so that attention decides tokens; where ours differ from FLASH_ATTN's,
 its logits must be nearly tied: within 2 bf16 ulp, or within what vLLM's own TRITON_ATTN differs
-from it by on the same prompts and texts. That is the yardstick: two engines that a user may choose
-between.
+from it by on these models, prompts and texts; and given texts may score differently no more often
+than between those two. That is the yardstick: two engines that a user may choose between.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -137,12 +138,19 @@ def generated(result: Result) -> list[list[int]]:
     return tokens
 
 
-def tied_within(model: str, result: Callable[[str], Result]) -> float:
-    """Return how far apart, in ulp, logits may lie where another token is no mistake."""
+def stock_gaps(model: str, result: Callable[[str], Result]) -> tuple[list[float], list[float]]:
+    """Return the gaps between the two stock backends, in ulp: of drawn tokens, of given texts."""
     stock, other = (result(f"{backend} {model}") for backend in ("stock", "triton"))
     drawn = stock["batches"][0]
-    gaps = token_divergences(drawn["tokens"], drawn["token_scores"], generated(other))
-    gaps += divergences(*(run["batches"][1]["scores"] for run in (stock, other)))
+    return (
+        token_divergences(drawn["tokens"], drawn["token_scores"], generated(other)),
+        divergences(*(run["batches"][1]["scores"] for run in (stock, other))),
+    )
+
+
+def tied_within(result: Callable[[str], Result]) -> float:
+    """Return how far apart, in ulp, logits may lie where another token is no mistake."""
+    gaps = [gap for model in MODELS for some in stock_gaps(model, result) for gap in some]
     return max([NEAR_TIE, *gaps])
 
 
@@ -154,7 +162,7 @@ def test_tokens_are_those_of_stock_up_to_near_ties(
     want, got = generated(stock), generated(ours)
     assert len(want) == len(got) == 32
     gaps = token_divergences(want, stock["batches"][0]["token_scores"], got)
-    assert max(gaps, default=0.0) <= tied_within(OURS[name], result)
+    assert max(gaps, default=0.0) <= tied_within(result)
     differences = first_differences(want, got)
     agreeing = sum(differences.get(text, TOKENS) for text in range(32))
     assert agreeing > 0.5 * 32 * TOKENS
@@ -165,13 +173,15 @@ def test_scores_of_given_texts(name: str, result: Callable[[str], Result]) -> No
     """Another token scores best only where stock's logits of both are nearly tied."""
     want, got = (result(which)["batches"][1]["scores"] for which in (f"stock {OURS[name]}", name))
     assert sum(len(text) for text in want) > 3000
-    assert max(divergences(want, got), default=0.0) <= tied_within(OURS[name], result)
+    gaps = divergences(want, got)
+    assert max(gaps, default=0.0) <= tied_within(result)
+    between_stock = len(stock_gaps(OURS[name], result)[1])
+    assert len(gaps) <= between_stock + 3 * math.sqrt(between_stock)  # their counts vary as much
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_stock_backends_are_a_yardstick(model: str, result: Callable[[str], Result]) -> None:
-    within = tied_within(model, result)
-    print(f"{model}: FLASH_ATTN and TRITON_ATTN agree within {within} ulp")
+def test_stock_backends_are_a_yardstick(result: Callable[[str], Result]) -> None:
+    within = tied_within(result)
+    print(f"FLASH_ATTN and TRITON_ATTN agree within {within} ulp")
     assert within <= LARGEST_TIE
 
 

@@ -21,7 +21,11 @@ run=("$python" -m pytest -q -m gpu "${tests[@]}")
 "${run[@]}"  # compiles what is missing, without the tools
 # Each tensor gets an allocation of its own, so that memcheck sees where it ends.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-for tool in memcheck racecheck; do
-  # Of all kernels, those whose names begin with our namespace.
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=_ZN2fi "${run[@]}"
+# Of all kernels, those whose names begin with our namespace.
+compute-sanitizer --tool memcheck --error-exitcode 1 --kernel-regex kns=_ZN2fi "${run[@]}"
+# The attention kernels pass shared memory between warps through mbarriers, which complete with
+# asynchronous copies. racecheck (CUDA 13.0) does not follow those: it takes every copy and every
+# read of a stage for a race. Their tests compare bits over repeats beside a disturbing kernel.
+for kernel in device_plan append merge; do
+  compute-sanitizer --tool racecheck --error-exitcode 1 --kernel-regex "kns=$kernel" "${run[@]}"
 done
