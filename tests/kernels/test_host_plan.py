@@ -198,6 +198,17 @@ def test_thread_blocks_get_work_that_is_worth_a_merge(
     assert sum(map(bool, pieces(step, step.plan(), 0))) == active
 
 
+@pytest.mark.parametrize(("requests", "most"), [(8, 4), (64, 32), (3, 2)])
+def test_fixed_chunks_are_spread_evenly_over_multiprocessors(requests: int, most: int) -> None:
+    """512 chunks on 132 SMs are four at least; pairs on some of three blocks would make six."""
+    lens = (1,) * requests, (4096,) * requests
+    step = Step(*lens, 4, 8, True, -1, 396, 512, False, "cuda")
+    of_sm = [0] * 132
+    for worker, owned in enumerate(pieces(step, step.plan(), 0)):
+        of_sm[worker % 132] += sum(-(-(end - begin) // 512) for _, begin, end in owned)
+    assert max(of_sm) <= most
+
+
 def test_equal_items_that_fill_the_blocks_are_not_cut() -> None:
     step = Step((1,) * 32, (1000,) * 32, 4, 8, True, -1, 396, 0, False, "cuda")
     assert [len(owned) for owned in pieces(step, step.plan(), 0)] == [1] * 256 + [0] * 140

@@ -17,6 +17,7 @@ inline constexpr int kPlanMaxThreads = 512;
 
 struct PlanMemory {
   int64_t warp_cost[kWarpSize];      // cost of the requests of each warp
+  int64_t warp_chunks[kWarpSize];    // of their items, if those are cut at chunks of a fixed size
   int32_t warp_items[kWarpSize];     // those of them that are in the line
   uint32_t warp_largest[kWarpSize];  // cost of one of them
   int64_t warp_tiles[kWarpSize];     // their query tiles,
@@ -95,6 +96,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   int64_t of_warp = 0;
   int32_t items = 0;  // of this lane, one for all heads
   uint32_t largest = 0;
+  int64_t chunks = 0;
   ItemsLoad whole = {0, 0, 0};
   const int32_t num_rows = p.qo_indptr[g.num_reqs];
   RequestSpan span = load_span(begin + lane);
@@ -105,6 +107,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
     largest = max(largest, clamp_cost(cost));
     items += num_q_tiles(g, kLine, span.qo_len) > 0;
+    if (kLine == kFewRows) chunks += num_fixed_chunks(g, {span.qo_len, span.kv_len});
     if constexpr (kLine == kManyRows) {
       whole.num_items += num_q_tiles(g, kLine, span.qo_len);
       whole.longest = max64(whole.longest, longest_item(g, {span.qo_len, span.kv_len}));
@@ -115,8 +118,10 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   }
   items = __reduce_add_sync(kFullWarp, items);
   largest = __reduce_max_sync(kFullWarp, largest);
+  if (g.split > 0) chunks = sum_over_warp(chunks);
   if (lane == 0) {
     memory.warp_cost[warp] = of_warp;
+    memory.warp_chunks[warp] = chunks;
     memory.warp_items[warp] = items;
     memory.warp_largest[warp] = largest;
   }
@@ -134,7 +139,8 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
   items = __reduce_add_sync(kFullWarp, lane < num_warps ? memory.warp_items[lane] : 0);
   largest = __reduce_max_sync(kFullWarp, lane < num_warps ? memory.warp_largest[lane] : 0u);
-  const LineLoad load = {items, total, largest, num_rows};
+  if (g.split > 0) chunks = sum_over_warp(lane < num_warps ? memory.warp_chunks[lane] : 0);
+  const LineLoad load = {items, total, chunks, largest, num_rows};
   const int32_t active = active_workers(g, kLine, load);
   int32_t has_work = total > 0 ? kCutLine : kNoWork;
   if constexpr (kLine == kManyRows) {

@@ -15,7 +15,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
   for (int line = 0; line < kNumLines; ++line) {
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
-    LineLoad load = {0, 0, 0, qo_indptr[geometry.num_reqs]};
+    LineLoad load = {0, 0, 0, 0, qo_indptr[geometry.num_reqs]};
     ItemsLoad items = {0, 0, 0};
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
@@ -23,6 +23,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       prefix[r + 1] = prefix[r] + cost;
       load.num_requests += num_q_tiles(geometry, line, lens.qo_len) > 0;
       if (clamp_cost(cost) > load.largest) load.largest = clamp_cost(cost);
+      if (line == kFewRows) load.num_chunks += num_fixed_chunks(geometry, lens);
       if (line == kManyRows) {
         items.num_items +=
             int64_t{num_q_tiles(geometry, line, lens.qo_len)} * geometry.num_kv_heads;

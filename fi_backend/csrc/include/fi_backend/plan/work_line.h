@@ -197,12 +197,36 @@ constexpr int kManyPieces = 16;  // of an item
 struct LineLoad {
   int64_t num_requests;  // in the line
   int64_t cost;
-  uint32_t largest;  // cost of a request, see clamp_cost()
-  int64_t num_rows;  // of q, those of the other line included
+  int64_t num_chunks;  // of all items, if they are only cut at chunks of a fixed size
+  uint32_t largest;    // cost of a request, see clamp_cost()
+  int64_t num_rows;    // of q, those of the other line included
 };
 
 FI_HOST_DEVICE uint32_t clamp_cost(int64_t cost) {
   return static_cast<uint32_t>(min64(cost, 0xffffffff));
+}
+
+// Chunks of a few-row request's items, if they are cut at chunks of a fixed size.
+FI_HOST_DEVICE int64_t num_fixed_chunks(const WorkGeometry& g, const RequestLens& lens) {
+  if (g.split <= 0 || num_q_tiles(g, kFewRows, lens.qo_len) == 0) return 0;
+  const KvRange tokens = item_tokens(g, kFewRows, lens.qo_len, lens.kv_len, 0);
+  const int32_t num_tokens = tokens.end - tokens.begin;
+  const int64_t chunk = chunk_tokens(g, kFewRows, num_tokens);
+  return g.num_kv_heads * max64(1, divide_index(num_tokens + chunk - 1, chunk).quot);
+}
+
+// Thread blocks an SM for which the SM with the most chunks has the fewest; many rather than few.
+FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks,
+                                          int64_t num_chunks) {
+  uint32_t best = most_blocks;
+  int64_t least = 0;
+  for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
+    const int64_t of_sm = ceil_div64(num_chunks, int64_t{blocks} * num_sms) * blocks;
+    if (blocks < most_blocks && of_sm >= least) continue;
+    best = blocks;
+    least = of_sm;
+  }
+  return best;
 }
 
 // The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
@@ -215,7 +239,8 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
   const int64_t num_items = load.num_requests * g.num_kv_heads;
   const int64_t pieces = min64(load.cost / kWorthStarting, num_items * kManyPieces);
   const bool needs_all = max64(pieces, load.cost / kWorthMerging) >= 2 * int64_t{num_sms};
-  const uint32_t most_blocks = needs_all ? num_blocks : 1;
+  uint32_t most_blocks = needs_all ? num_blocks : 1;
+  if (g.split > 0) most_blocks = blocks_for_chunks(num_sms, most_blocks, load.num_chunks);
   int64_t active = min64(g.num_workers, most_blocks * num_sms);
   // A worker for each piece at most: no thread block of an SM idles while another has two pieces.
   const int64_t cost_of_piece = g.cut_tokens / kCostTokens * unit_cost(1);
