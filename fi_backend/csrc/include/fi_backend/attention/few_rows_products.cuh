@@ -132,7 +132,7 @@ struct FewRowsProducts {
 
  private:
   // Fragments of dims 32 * step to 32 * step + 31, for two products. Dims of an fp8 chunk take the
-  // places in which their bytes come; Q's are stored to match (query_rows.cuh).
+  // places in which their bytes come; Q's are stored to match (few_rows_queries.cuh).
   __device__ __forceinline__ static void load_keys(uint32_t k_at, int step, uint32_t (&a)[2][4]) {
     if constexpr (Traits::kIsFp8Cache) {
       uint32_t r[4];
