@@ -36,7 +36,7 @@ class Sm90Computer {
 
   __device__ __forceinline__ void run() {
     if (group_ == 1) ptx::named_barrier_arrive<kComputeThreads>(kTurnBarrier);  // group 0 begins
-    for (RingPlace<Traits::kUnits> place;; ++place.n) {
+    for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_full[place.index()]), place.parity());
       const Sm90Unit& unit = memory_.units[place.index()];
       if (!unit.exists) return;
@@ -241,7 +241,7 @@ class Sm90Computer {
   const WorkGeometry& g_;
   Memory& memory_;
   int group_;
-  RingPlace<Traits::kStages> tile_;
+  FixedRingPlace<Traits::kStages> tile_;
   RowStates<Traits> rows_;
 };
 

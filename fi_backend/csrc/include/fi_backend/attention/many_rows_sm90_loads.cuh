@@ -33,7 +33,7 @@ class Sm90Loader {
   __device__ __forceinline__ void run() {
     const Sm90Units<Traits> units(params_, memory_);
     if (warp() == kFindingWarp && lane() == 0) units.start();
-    for (RingPlace<Traits::kUnits> place;; ++place.n) {
+    for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       Sm90Unit& unit = memory_.units[place.index()];
       if (warp() == kFindingWarp) find_unit(units, unit, place);
       ptx::mbarrier_wait(address(memory_.unit_found[place.index()]), place.parity());
@@ -77,7 +77,7 @@ class Sm90Loader {
   // Find the next unit as soon as there is a place for it and, so that it goes to the block that
   // needs it first, not long before the one at hand ends.
   __device__ __forceinline__ void find_unit(const Sm90Units<Traits>& units, Sm90Unit& unit,
-                                            const RingPlace<Traits::kUnits>& place) const {
+                                            const FixedRingPlace<Traits::kUnits>& place) const {
     if (lane() == 0) {
       if (params_.box_tokens > 0 && place.n > 0) {
         ptx::mbarrier_wait(address(memory_.unit_wanted), (place.n - 1) % 2);
@@ -238,7 +238,7 @@ class Sm90Loader {
   const AttentionParams& p_;
   const WorkGeometry& g_;
   Memory& memory_;
-  RingPlace<Traits::kStages> tile_;
+  FixedRingPlace<Traits::kStages> tile_;
 };
 
 }  // namespace fi

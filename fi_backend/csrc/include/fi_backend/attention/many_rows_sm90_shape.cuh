@@ -96,7 +96,7 @@ struct alignas(1024) Sm90Memory {
 
 // Place n of the line of tiles, or of units, in a ring of kSize, and the parity of its phase.
 template <int kSize>
-struct RingPlace {
+struct FixedRingPlace {
   uint32_t n = 0;
 
   __device__ __forceinline__ int index() const { return n % kSize; }

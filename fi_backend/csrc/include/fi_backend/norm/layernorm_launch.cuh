@@ -10,17 +10,10 @@ namespace fi {
 
 template <class Traits>
 cudaError_t launch_layernorm_kernel(const LayerNormParams& p, cudaStream_t stream) {
-  const int num_vecs = p.hidden_size / Traits::kVecSize;
-  const int64_t num_rows = p.num_outer * p.num_inner;
-  if constexpr (Traits::kVecSize > 1) {
-    if (fits_registers(num_vecs)) {
-      const dim3 block = make_row_block(num_vecs);
-      const int64_t num_blocks = (num_rows + block.y - 1) / block.y;
-      return launch(layernorm_kernel<Traits>, num_blocks, block, stream, p.enable_pdl, p);
-    }
-  }
-  const dim3 block = make_long_row_block(num_vecs);
-  return launch(layernorm_long_kernel<Traits>, num_rows, block, stream, p.enable_pdl, p);
+  void (*in_registers)(LayerNormParams) = nullptr;
+  if constexpr (Traits::kVecSize > 1) in_registers = layernorm_kernel<Traits>;
+  return launch_norm_rows(in_registers, layernorm_long_kernel<Traits>,
+                          p.hidden_size / Traits::kVecSize, p, stream);
 }
 
 template <class In, class Out>

@@ -25,17 +25,10 @@ inline void collapse_rows(RmsNormParams& p) {
 
 template <class Traits>
 cudaError_t launch_rmsnorm_kernel(const RmsNormParams& p, cudaStream_t stream) {
-  const int num_vecs = p.hidden_size / Traits::kVecSize;
-  const int64_t num_rows = p.num_outer * p.num_inner;
-  if constexpr (Traits::kVecSize > 1) {
-    if (fits_registers(num_vecs)) {
-      const dim3 block = make_row_block(num_vecs);
-      const int64_t num_blocks = (num_rows + block.y - 1) / block.y;
-      return launch(rmsnorm_kernel<Traits>, num_blocks, block, stream, p.enable_pdl, p);
-    }
-  }
-  const dim3 block = make_long_row_block(num_vecs);
-  return launch(rmsnorm_long_kernel<Traits>, num_rows, block, stream, p.enable_pdl, p);
+  void (*in_registers)(RmsNormParams) = nullptr;
+  if constexpr (Traits::kVecSize > 1) in_registers = rmsnorm_kernel<Traits>;
+  return launch_norm_rows(in_registers, rmsnorm_long_kernel<Traits>,
+                          p.hidden_size / Traits::kVecSize, p, stream);
 }
 
 template <class In, class Out, bool kHasResidual>
