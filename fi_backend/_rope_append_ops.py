@@ -6,6 +6,7 @@ result is rounded once there too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,22 +60,9 @@ def _rope_append_slots(
     *options: Any,
 ) -> None:
     rows = _Rows(query, key, value, out, pos_ids, cos_sin_cache)
-    step = _Options(*options)
-    if query.is_cuda:
-        arguments = _cuda_arguments(rows, k_cache, v_cache, step)
-        kernel.rope_append_slots(slot_mapping=slot_mapping, **arguments)
-        return
-    q_rope, k_rope = _rotate(rows, step)
-    append_kv.append_slots(
-        key=k_rope,
-        value=value.float(),
-        key_cache=k_cache,
-        value_cache=v_cache,
-        slot_mapping=slot_mapping,
-        k_scale=step.k_scale if step.k_scales is None else step.k_scales,
-        v_scale=step.v_scale if step.v_scales is None else step.v_scales,
-    )
-    out.copy_(q_rope)
+    table = {"slot_mapping": slot_mapping}
+    run = kernel.rope_append_slots, append_kv.append_slots
+    _rope_append(*run, rows, (k_cache, v_cache), table, _Options(*options))
 
 
 def _rope_append_positions(
@@ -93,27 +81,39 @@ def _rope_append_positions(
     *options: Any,
 ) -> None:
     rows = _Rows(query, key, value, out, pos_ids, cos_sin_cache)
-    step = _Options(*options)
-    table: dict[str, Any] = {
+    table = {
         "batch_indices": batch_indices,
         "positions": positions,
         "kv_indices": kv_indices,
         "kv_indptr": kv_indptr,
     }
-    if query.is_cuda:
-        kernel.rope_append_positions(**_cuda_arguments(rows, k_cache, v_cache, step), **table)
+    run = kernel.rope_append_positions, append_kv.append_positions
+    _rope_append(*run, rows, (k_cache, v_cache), table, _Options(*options))
+
+
+def _rope_append(
+    fused: Callable[..., None],
+    append: Callable[..., None],
+    rows: _Rows,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    table: dict[str, torch.Tensor],
+    step: _Options,
+) -> None:
+    """Run the fused kernel on a GPU; elsewhere rotate in fp32, then append."""
+    if rows.query.is_cuda:
+        fused(**_cuda_arguments(rows, *caches, step), **table)
         return
     q_rope, k_rope = _rotate(rows, step)
-    append_kv.append_positions(
+    append(
         key=k_rope,
-        value=value.float(),
-        key_cache=k_cache,
-        value_cache=v_cache,
+        value=rows.value.float(),
+        key_cache=caches[0],
+        value_cache=caches[1],
         k_scale=step.k_scale if step.k_scales is None else step.k_scales,
         v_scale=step.v_scale if step.v_scales is None else step.v_scales,
         **table,
     )
-    out.copy_(q_rope)
+    rows.out.copy_(q_rope)
 
 
 def _cuda_arguments(
