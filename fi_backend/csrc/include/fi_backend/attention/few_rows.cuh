@@ -172,19 +172,24 @@ class FewRowsCompute {
 
   __device__ __forceinline__ void write_output(const WorkPiece& piece, const LogitRow& logit_row,
                                                int column, const RowPart& part) const {
+    const RowResult result = finish_row(p_.attention, piece, logit_row, part.max, part.sum);
+    const int32_t token = piece.qo_begin + logit_row.qo_idx;
+    const float4& x = part.values;
+    const float f = result.factor;
+    write_values(token, logit_row.head, column, {x.x * f, x.y * f, x.z * f, x.w * f});
+    if (column == 0) write_lse(token, logit_row.head, result.lse);
+  }
+  __device__ __forceinline__ void write_values(int32_t token, int32_t head, int column,
+                                               const float4& values) const {
     using Out = typename Traits::Out;
     const AttentionParams& a = p_.attention;
-    const RowResult result = finish_row(a, piece, logit_row, part.max, part.sum);
-    const int64_t token = int64_t{piece.qo_begin} + logit_row.qo_idx;
-    const float f = result.factor;
-    const float x[kValuesPerAccess] = {part.values.x * f, part.values.y * f, part.values.z * f,
-                                       part.values.w * f};
-    Vec<Out, kValuesPerAccess>::from_floats(x).store(static_cast<Out*>(a.out) +
-                                                     token * a.out_row_stride +
-                                                     logit_row.head * a.out_head_stride + column);
-    if (column == 0 && a.lse != nullptr) {
-      a.lse[token * a.lse_row_stride + logit_row.head * a.lse_head_stride] = result.lse;
-    }
+    const float x[kValuesPerAccess] = {values.x, values.y, values.z, values.w};
+    Out* row = static_cast<Out*>(a.out) + token * a.out_row_stride + head * a.out_head_stride;
+    Vec<Out, kValuesPerAccess>::from_floats(x).store(row + column);
+  }
+  __device__ __forceinline__ void write_lse(int32_t token, int32_t head, float lse) const {
+    const AttentionParams& a = p_.attention;
+    if (a.lse != nullptr) a.lse[token * a.lse_row_stride + head * a.lse_head_stride] = lse;
   }
 
   // The last worker to finish its piece of an item merges them all.
@@ -200,22 +205,37 @@ class FewRowsCompute {
     }
     barrier();
     if (!shared_.is_last) return;
-    const WorkPiece& piece = unit.piece;
 #pragma unroll 1
-    for (int row = warp(); row < piece.num_rows; row += Traits::kComputeWarps) {
-      using Row = MergedRow<Traits>;
-      const Row merged = merge_partials<Traits>(p_.attention.partials, item, row);
-      const LogitRow logit_row =
-          row >= unit.first_row
-              ? rows_[row - unit.first_row]
-              : make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row);
-#pragma unroll
-      for (int p = 0; p < Row::kParts; ++p) {
-        const int column = Row::column(p);
-        if (column >= Traits::kVo) continue;
-        write_output(piece, logit_row, column, {merged.max, merged.sum, merged.values[p]});
-      }
+    for (int row = warp(); row < unit.piece.num_rows; row += 2 * Traits::kComputeWarps) {
+      merge_rows(unit, row, row + Traits::kComputeWarps);
     }
+  }
+
+  // Merge two rows of an item, the second of which may not exist.
+  __device__ __forceinline__ void merge_rows(const FewRowsUnit& unit, int first, int second) const {
+    const WorkPiece& piece = unit.piece;
+    PairMerge<Traits> merge(p_.attention.partials, unit.partials, first, second,
+                            second < piece.num_rows);
+    const int row = merge.row();
+    const LogitRow logit_row =
+        row >= unit.first_row
+            ? rows_[row - unit.first_row]
+            : make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row);
+    const int32_t token = piece.qo_begin + logit_row.qo_idx;
+    merge.run(
+        [&](float max, float sum) {
+          const RowResult result = finish_row(p_.attention, piece, logit_row, max, sum);
+          if (merge.lane() % PairMerge<Traits>::kHalf == 0) {
+            write_lse(token, logit_row.head, result.lse);
+          }
+          return result.factor;
+        },
+        [&](int half, int column, const float4& values) {
+          const int lane = half * PairMerge<Traits>::kHalf;
+          const int32_t row_token = __shfl_sync(kFullWarp, token, lane);
+          const int32_t row_head = __shfl_sync(kFullWarp, logit_row.head, lane);
+          if (column < Traits::kVo) write_values(row_token, row_head, column, values);
+        });
   }
 
   const FewRowsParams& p_;

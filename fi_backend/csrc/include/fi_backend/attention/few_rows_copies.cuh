@@ -15,9 +15,6 @@
 
 namespace fi {
 
-// What is copied for rows that do not exist: the longest row.
-static __device__ const uint4 zero_row[256 * 2 / kChunkBytes] = {};
-
 // Arrivals that fill a slot: the lanes' copies, and for a unit also what lane 0 writes.
 inline constexpr int kStageArrivals = kWarpSize;
 inline constexpr int kUnitArrivals = kWarpSize + 1;
@@ -132,14 +129,14 @@ class FewRowsCopies {
   // Start copying a unit's queries, when its slot is free.
   __device__ __forceinline__ void copy_queries(const WorkGeometry& g, const WorkUnits& units) {
     begin_unit();
-    // Of the lane's row: there are no more than lanes.
+    // Of the lane's row: there are no more than lanes. Blocks are filled up with the last row.
     const WorkPiece& piece = units.piece();
-    const uint32_t packed = units.first_row() + lane();
+    const uint32_t packed = units.first_row() + min(lane(), units.num_rows() - 1);
     const uint32_t row = packed / static_cast<uint32_t>(g.group_size);
     const uint32_t head = piece.kv_head * g.group_size + packed - row * g.group_size;
     const Q* q = static_cast<const Q*>(a_.q) + (int64_t{piece.qo_begin} + row) * a_.q_row_stride +
                  head * a_.q_head_stride;
-    set_row(lane(), q, units.num_rows());
+    set_row(lane(), reinterpret_cast<uint64_t>(q));
     const uint32_t to = ptx::shared_address(shared_.q[unit_.slot]);
     copy_rows<typename Traits::QRows, kRowBlock>(to, units.num_rows());
     ptx::mbarrier_arrive_after_copies(unit_full());
@@ -186,21 +183,39 @@ class FewRowsCopies {
                                              const KvStrides& strides, int head,
                                              const TokenPlaces& places, int32_t count) {
     const Kv* base = static_cast<const Kv*>(cache) + head * strides.head;
+    uint64_t rows[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const Kv* row = base + places.page_id[g] * strides.page + places.offset[g] * strides.token;
-      set_row(g * kWarpSize + lane(), row, count);
+      rows[g] = reinterpret_cast<uint64_t>(base + places.page_id[g] * strides.page +
+                                           places.offset[g] * strides.token);
     }
+    if (count < Traits::kStageTokens) repeat_last_row(rows, count - 1);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) set_row(g * kWarpSize + lane(), rows[g]);
     constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
     copy_rows<Rows, kBlock>(begin_stage(place, side), min(count, Traits::kStageTokens));
     end_stage(place, side, [](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
   }
 
-  // Say where a row begins that is to be copied. Rows past `count` are zeros: their weights are 0,
-  // and nothing else times 0 is sure to be 0.
-  __device__ __forceinline__ void set_row(int row, const void* from, int32_t count) const {
-    shared_.copied_rows[copy_warp()][row] =
-        reinterpret_cast<uint64_t>(row < count ? from : zero_row);
+  // Let rows past the last one be that one: copies are rounded up, and 0 times what has no weight
+  // is then as harmless as the last token itself. (One row of zeros, which all would read, is as
+  // slow as the one slice of the L2 cache that has it.)
+  __device__ __forceinline__ static void repeat_last_row(uint64_t (&rows)[kGroups], int last) {
+    uint64_t address = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint64_t candidate = __shfl_sync(kFullWarp, rows[g], last % kWarpSize);
+      if (last / kWarpSize == g) address = candidate;
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (g * kWarpSize + lane() > last) rows[g] = address;
+    }
+  }
+
+  // Say where a row begins that is to be copied.
+  __device__ __forceinline__ void set_row(int row, uint64_t from) const {
+    shared_.copied_rows[copy_warp()][row] = from;
   }
 
   // Copy the rows that were set, rounded up to blocks of kBlock. Lanes know different rows than

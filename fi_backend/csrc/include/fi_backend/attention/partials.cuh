@@ -5,6 +5,7 @@
 #include <fi_backend/attention/few_rows_traits.cuh>
 #include <fi_backend/attention/item_partials.cuh>
 #include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/address.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
@@ -71,85 +72,148 @@ struct PartialSlot {
   }
 };
 
-// A row of an item, merged by a warp: a lane has kParts times 4 values, from column 4 * lane on and
-// 128 columns apart. Lanes past the row repeat its last values.
+// The merge of two rows of an item by a warp, in key order. Each half of the warp looks after the
+// states of one row, a lane of a partial, and all lanes load the values of one row after the other,
+// from column 4 * lane on and 128 columns apart. A merge is a tail in which nothing else happens,
+// and takes as long as its instructions do, most of which no cache holds.
 template <class Traits>
-struct MergedRow {
+class PairMerge {
+ public:
   static constexpr int kParts = (Traits::kVo + 127) / 128;
-  float max;
-  float sum;
-  float4 values[kParts];
+  static constexpr int kHalf = kWarpSize / 2;
 
-  __device__ __forceinline__ static int column(int part) {
-    return (part * kWarpSize + int(threadIdx.x % kWarpSize)) * kValuesPerAccess;
+  // The second row may not exist.
+  __device__ __forceinline__ PairMerge(float* partials, const ItemPartials& item, int first_row,
+                                       int second_row, bool has_second)
+      : partials_(partials), item_(item), has_second_(has_second) {
+    // Read again, so that what follows from it is not kept in registers while units are computed.
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
+    first_row_ = first_row;
+    second_row_ = has_second ? second_row : first_row;
   }
-  __device__ __forceinline__ void scale(float factor) {
-    sum *= factor;
+
+  __device__ __forceinline__ int lane() const { return lane_; }
+  // Of the lane's half.
+  __device__ __forceinline__ int row() const { return lane_ < kHalf ? first_row_ : second_row_; }
+
+  // finish(max, sum) gives what the values of the row of the lane's half are to be multiplied with,
+  // write(half, column, values) writes four of them; it is called by all lanes, those past the row
+  // included.
+  template <class Finish, class Write>
+  __device__ __forceinline__ void run(const Finish& finish, const Write& write) {
+    float2 state = load_state(0);
+    float2 merged = {};
+    float factor = 0.f;
+#pragma unroll 1
+    for (int half = 0; half <= int(has_second_); ++half) {
+      Values sum = {};
+#pragma unroll 1
+      for (int32_t begin = 0; begin < item_.count; begin += kInFlight) {
+        Values values[kInFlight];
+        load_values(half == 0 ? first_row_ : second_row_, begin, values);
+        if (half == 0 && begin == 0) {
+          merged = merge_states(state);
+        } else if (item_.count > kInFlight) {
+          state = load_state(begin);
+        }
+        const float weight = ptx::exp2_approx(state.x - base(merged.x));
+        add_values(sum, values, weight, half * kHalf, item_.count - begin);
+      }
+      if (half == 0) factor = finish(merged.x, merged.y);
+      const float f = __shfl_sync(kFullWarp, factor, half * kHalf);
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        const float4& x = sum.parts[p];
+        write(half, column(p), float4{x.x * f, x.y * f, x.z * f, x.w * f});
+      }
+    }
+  }
+
+ private:
+  static constexpr int kInFlight = 16 / kParts;  // partials whose loads cover each other's latency
+  static constexpr int kGroup = 4;               // of those that do not exist are jumped over
+  static_assert(kInFlight <= kHalf);
+  struct Values {
+    float4 parts[kParts];
+  };
+
+  __device__ __forceinline__ int column(int part) const {
+    return (part * kWarpSize + lane_) * kValuesPerAccess;
+  }
+  // What weights are relative to: a row that has seen no key has no maximum, and no weights.
+  __device__ __forceinline__ static float base(float max) {
+    return max == minus_infinity() ? 0.f : max;
+  }
+
+  // Of one of kInFlight partials and the row of the lane's half.
+  __device__ __forceinline__ float2 load_state(int32_t begin) const {
+    const int32_t mine = begin + lane_ % kInFlight;
+    if (mine >= item_.count) return make_float2(minus_infinity(), 0.f);
+    return __ldcg(PartialSlot<Traits>(partials_ + item_.slot(mine)).state(row()));
+  }
+
+  // {max, sum} of all partials; `state` is one of the first.
+  __device__ __forceinline__ float2 merge_states(float2 state) const {
+    float2 merged = make_float2(minus_infinity(), 0.f);
+#pragma unroll 1
+    for (int32_t begin = kInFlight;; begin += kInFlight) {
+      float max = fmaxf(merged.x, state.x);
+#pragma unroll
+      for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
+        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, offset));
+      }
+      float added = ptx::exp2_approx(state.x - base(max)) * state.y;
+#pragma unroll
+      for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
+        added += __shfl_xor_sync(kFullWarp, added, offset);
+      }
+      merged = {max, merged.y * ptx::exp2_approx(merged.x - base(max)) + added};
+      if (begin >= item_.count) return merged;
+      state = load_state(begin);
+    }
+  }
+
+  // Of partials that do not exist, anything.
+  __device__ __forceinline__ void load_values(int row, int32_t begin,
+                                              Values (&values)[kInFlight]) const {
+    const int32_t step = item_.step * int(sizeof(float));
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      values[p].x *= factor;
-      values[p].y *= factor;
-      values[p].z *= factor;
-      values[p].w *= factor;
-    }
-  }
-};
-
-// Merge a row over an item's partials, in key order. States are loaded by a lane each, and values
-// by all lanes: few instructions, since hardly any SM has them at hand.
-template <class Traits>
-__device__ __forceinline__ MergedRow<Traits> merge_partials(float* partials,
-                                                            const ItemPartials& item, int row) {
-  using Row = MergedRow<Traits>;
-  constexpr int kInFlight = 16 / Row::kParts;  // loads that cover each other's latency
-  Row merged = {minus_infinity(), 0.f, {}};
-#pragma unroll 1
-  for (int32_t begin = 0; begin < item.count; begin += kInFlight) {
-    float4 values[kInFlight][Row::kParts];
+      const int at = row * Traits::kVo + min(column(p), Traits::kVo - kValuesPerAccess);
+      const float* later_slots = partials_ + item_.later_slots + at;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {  // the last one again where there are no more
-      const PartialSlot<Traits> slot(partials + item.slot(min(begin + i, item.count - 1)));
-#pragma unroll
-      for (int p = 0; p < Row::kParts; ++p) {
-        const int column = min(Row::column(p), Traits::kVo - kValuesPerAccess);
-        values[i][p] = __ldcg(slot.values(row, column));
+      for (int i = 0; i < kInFlight; ++i) {
+        const int32_t index = min(begin + i, item_.count - 1);
+        const void* from = ptx::byte_offset(later_slots, index, step);
+        if (i == 0 && begin == 0) from = partials_ + item_.first_slot + at;
+        values[i].parts[p] = __ldcg(static_cast<const float4*>(from));
       }
     }
-    const int32_t mine = begin + threadIdx.x % kInFlight;
-    float2 state =
-        __ldcg(PartialSlot<Traits>(partials + item.slot(min(mine, item.count - 1))).state(row));
-    if (mine >= item.count) state.x = minus_infinity();
-    float max = state.x;
-#pragma unroll
-    for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, offset));
-    }
-    max = fmaxf(max, merged.max);
-    if (max == minus_infinity()) continue;
-    merged.scale(ptx::exp2_approx(merged.max - max));
-    merged.max = max;
-    const float weight = ptx::exp2_approx(state.x - max);
-    float sum = weight == 0.f ? 0.f : weight * state.y;
-#pragma unroll
-    for (int offset = kInFlight / 2; offset > 0; offset /= 2) {
-      sum += __shfl_xor_sync(kFullWarp, sum, offset);
-    }
-    merged.sum += sum;
+  }
+
+  // `first_lane` has the weight of the first values.
+  __device__ __forceinline__ void add_values(Values& sum, const Values (&values)[kInFlight],
+                                             float weight, int first_lane, int count) const {
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const float w = __shfl_sync(kFullWarp, weight, i);
+      if (i % kGroup == 0 && i >= count) break;
+      const float w = __shfl_sync(kFullWarp, weight, first_lane + i);
+      if (i >= count) continue;  // infinity times 0 is not 0
 #pragma unroll
-      for (int p = 0; p < Row::kParts; ++p) {
-        // Without a weight, values change nothing, whatever they are.
-        const float4 x = w == 0.f ? float4{0.f, 0.f, 0.f, 0.f} : values[i][p];
-        merged.values[p].x += w * x.x;
-        merged.values[p].y += w * x.y;
-        merged.values[p].z += w * x.z;
-        merged.values[p].w += w * x.w;
+      for (int p = 0; p < kParts; ++p) {
+        const float4& x = values[i].parts[p];
+        float4& s = sum.parts[p];
+        s = {s.x + w * x.x, s.y + w * x.y, s.z + w * x.z, s.w + w * x.w};
       }
     }
   }
-  return merged;
-}
+
+  float* partials_;
+  const ItemPartials& item_;
+  bool has_second_;
+  int lane_;
+  int first_row_;
+  int second_row_;
+};
 
 }  // namespace fi

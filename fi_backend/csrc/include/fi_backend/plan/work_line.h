@@ -215,14 +215,15 @@ FI_HOST_DEVICE int64_t num_fixed_chunks(const WorkGeometry& g, const RequestLens
   return g.num_kv_heads * max64(1, divide_index(num_tokens + chunk - 1, chunk).quot);
 }
 
-// Thread blocks an SM for which the SM with the most chunks has the fewest; many rather than few.
+// Thread blocks an SM: as many as fit, which hide each other's latencies, or fewer if the SM with
+// the most chunks then has fewer of them by far.
 FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks,
                                           int64_t num_chunks) {
   uint32_t best = most_blocks;
   int64_t least = 0;
   for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
     const int64_t of_sm = ceil_div64(num_chunks, int64_t{blocks} * num_sms) * blocks;
-    if (blocks < most_blocks && of_sm >= least) continue;
+    if (blocks < most_blocks && of_sm * 8 > least * 7) continue;
     best = blocks;
     least = of_sm;
   }
@@ -231,7 +232,8 @@ FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks
 
 // The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
 // fit where that is worth it. In between, some SMs would have twice the work of others. Equal items
-// are cut into equal pieces, or not at all, if that leaves few without work.
+// are cut into equal pieces, or not at all, if that leaves few without work; or, with one block an
+// SM, if it adds less than the second piece that a worker across the border of an item has.
 FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
   const uint32_t num_sms = uint32_t(g.num_workers + 2) / 3;
   const int64_t small_rows = int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
@@ -248,12 +250,16 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
 
   const bool items_are_equal = load.largest * load.num_requests <= load.cost + load.cost / 32;
   if (!items_are_equal || num_items == 0 || num_items > active) return static_cast<int32_t>(active);
-  for (uint32_t blocks = uint32_t(active) / num_sms; blocks > 0; --blocks) {
-    const uint32_t resident = blocks * num_sms;
+  for (uint32_t blocks = (uint32_t(active) + num_sms - 1) / num_sms; blocks > 0; --blocks) {
+    const auto resident = static_cast<uint32_t>(min64(active, blocks * num_sms));
+    if (num_items > resident) break;
     const uint32_t without_work = resident % uint32_t(num_items);
     const bool is_cut = blocks < most_blocks && uint32_t(num_items) * 2 <= resident;
-    if (without_work * 16 <= resident && !is_cut)
-      return static_cast<int32_t>(resident - without_work);
+    const int64_t share = divide_index(load.cost, resident).quot;
+    const int64_t equal_share = divide_index(load.cost, resident - without_work).quot;
+    const bool is_worth_it =
+        without_work * 16 <= resident || (blocks == 1 && equal_share - share <= g.item_overhead);
+    if (is_worth_it && !is_cut) return static_cast<int32_t>(resident - without_work);
   }
   return static_cast<int32_t>(active);
 }
