@@ -12,25 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fi_backend.testing import L2Flush
+
 __all__ = ["cold_calls", "graphed_calls", "host_seconds", "sm_clock_mhz"]
 
 Call = Callable[[], object]
-
-# Larger than any L2, and long enough to read (over 100 us) for the host to launch what follows.
-FLUSH_BYTES = 512 << 20
-
-
-class L2Flush:
-    """Fills the L2 by reading: a flush that writes leaves dirty lines, whose write-back slows the
-    timed kernel."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-        self._sink = torch.empty((), dtype=torch.int32, device="cuda")
-
-    def __call__(self) -> None:
-        """Launch the read."""
-        torch.amax(self._buffer, 0, out=self._sink)
 
 
 def _elapsed(call: Call, before: Call | None = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:

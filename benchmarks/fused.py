@@ -186,7 +186,7 @@ def run_cell(cell: Cell, backends: Mapping[str, Backend], seconds: float) -> lis
     torch.manual_seed(0)
     shape = (NUM_PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM)
     k, v = (torch.empty(shape, dtype=cell.cache_dtype, device="cuda") for _ in "kv")
-    cos_sin_cache = make_cache()
+    cos_sin_cache = make_cache().cuda()
     steps = [make_step(cell, cos_sin_cache, k, v) for _ in range(CALLS_PER_GRAPH)]
     calls = importable(backends, ((step,) for step in steps))
     errors = {name: error(backends[name], steps[0]) for name in calls}

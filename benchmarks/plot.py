@@ -1,6 +1,7 @@
-"""Plot a recorded decode run: bandwidth reached against the bytes that a call must move.
+"""Plot a recorded run: decode's bandwidth against bytes, prefill's rate against length.
 
     python -m benchmarks.plot benchmarks/results/MACHINE/decode.json docs/decode-bandwidth.svg
+    python -m benchmarks.plot benchmarks/results/MACHINE/prefill.json docs/prefill-rate.svg
 
 Needs matplotlib, of the extra `bench`.
 """
@@ -10,17 +11,56 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Return (bytes of a call, GB/s) by backend, in order of bytes; one head layout and cache."""
+@dataclass(frozen=True)
+class Axes:
+    """What is drawn of a routine's rows.
+
+    Attributes:
+        cells: the cells, which differ in one thing only; passed to `x` as they match.
+        x: the place of a row, from the match and the row.
+        rate: the rate in a row.
+    """
+
+    cells: str
+    x: Callable[[re.Match[str], dict[str, Any]], float]
+    rate: str
+    x_label: str
+    y_label: str
+    title: str
+
+
+ROUTINES = {
+    "decode": Axes(
+        cells=r"ctx\d+ hq32 hkv8 d128 p16$",
+        x=lambda _, row: row["us"] * row["gbs"] * 1e3,
+        rate="gbs",
+        x_label="bytes of K, V, q and output of a call",
+        y_label="GB/s, launch included",
+        title="decode, bf16, 32/8 heads of 128, page 16",
+    ),
+    "prefill": Axes(
+        cells=r"^bs1 q(\d+) ctx\1 hq32 hkv8 d128 p16 causal1$",
+        x=lambda match, _: float(match[1]),
+        rate="tflops",
+        x_label="tokens of one request, all of them queries",
+        y_label="TFLOP/s, launch included",
+        title="prefill, bf16, causal, 32/8 heads of 128, page 16",
+    ),
+}
+
+
+def series(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points (x, rate) of every backend, in order of x."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if re.search(r"ctx\d+ hq32 hkv8 d128 p16$", row["cell"]):
-            num_bytes = row["us"] * row["gbs"] * 1e3
-            points.setdefault(row["backend"], []).append((num_bytes, row["gbs"]))
+        if match := re.search(axes.cells, row["cell"]):
+            points.setdefault(row["backend"], []).append((axes.x(match, row), row[axes.rate]))
     return {backend: sorted(found) for backend, found in points.items()}
 
 
@@ -31,14 +71,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    drawn = ROUTINES[rows[0]["routine"]]
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for backend, points in series(rows).items():
+    for backend, points in series(drawn, rows).items():
         x, y = zip(*points, strict=True)
         axes.plot(x, y, marker="o", markersize=4, label=backend)
     axes.set_xscale("log")
-    axes.set_xlabel("bytes of K, V, q and output of a call")
-    axes.set_ylabel("GB/s, launch included")
-    axes.set_title(f"decode, bf16, 32/8 heads of 128, page 16, {rows[0]['gpu']}")
+    axes.set_xlabel(drawn.x_label)
+    axes.set_ylabel(drawn.y_label)
+    axes.set_title(f"{drawn.title}, {rows[0]['gpu']}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

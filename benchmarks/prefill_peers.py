@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.prefill_steps import Step
+from benchmarks.prefill_steps import BF16, Cell, Step
 
 Call = Callable[[], object]
+
+
+def start_compiling(cells: Sequence[Cell], pool: Executor) -> list[Future[None]]:
+    """Start compiling what FlashInfer needs for cells, each module in a thread.
+
+    One after the other, as their first calls would, takes most of a minute each.
+    """
+    modules = {
+        (backend, cell.head_dim, cell.window_left >= 0)
+        for cell in cells
+        for backend in FLASHINFER_BACKENDS
+    }
+    return [pool.submit(_compile_flashinfer, *module) for module in sorted(modules)]
+
+
+def _compile_flashinfer(backend: str, head_dim: int, has_window: bool) -> None:
+    try:
+        from flashinfer.jit.attention import gen_batch_prefill_module
+
+        types = (BF16, BF16, BF16, torch.int32)
+        gen_batch_prefill_module(
+            backend, *types, head_dim, head_dim, 0, has_window, False, False
+        ).build_and_load()
+    except (ImportError, RuntimeError, ValueError) as reason:  # as load() will say
+        print(f"flashinfer {backend}, head_dim {head_dim}: {repr(reason)[:200]}")
 
 
 def load(step: Step) -> dict[str, Call]:
@@ -110,9 +136,9 @@ def _cudnn(step: Step) -> Call:
     return call
 
 
+FLASHINFER_BACKENDS = ("fa2", "fa3")
 PEERS: dict[str, Callable[[Step], Call]] = {
-    "flashinfer fa2": partial(_flashinfer, "fa2"),
-    "flashinfer fa3": partial(_flashinfer, "fa3"),
+    **{f"flashinfer {name}": partial(_flashinfer, name) for name in FLASHINFER_BACKENDS},
     "fa3 paged": _fa3_paged,
     "fa3 ragged": _fa3_ragged,
     "cudnn": _cudnn,

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from fi_backend.jit import KernelSpec
 from fi_backend.kernels import attention_cuda, host_plan
 from fi_backend.planning import default_workers
 
@@ -88,14 +89,18 @@ def make_step(cell: Cell) -> Step:
     )
 
 
+def kernel_spec(head_dim: int) -> KernelSpec:
+    """Return our module for a size of heads."""
+    dims = {"head_dim_qk": head_dim, "head_dim_vo": head_dim}
+    return attention_cuda.prefill_spec(q_dtype=BF16, kv_dtype=BF16, o_dtype=BF16, **dims)
+
+
 class Ours:
     """Our calls: planned once, as an engine does for all its layers."""
 
     def __init__(self, step: Step) -> None:
         cell = step.cell
-        dims = {"head_dim_qk": cell.head_dim, "head_dim_vo": cell.head_dim}
-        spec = attention_cuda.prefill_spec(q_dtype=BF16, kv_dtype=BF16, o_dtype=BF16, **dims)
-        kernels = attention_cuda.load_lines((spec,))
+        kernels = attention_cuda.load_lines((kernel_spec(cell.head_dim),))
         workers = default_workers(step.q.device)
         ints = host_plan.plan_buffer_ints(max_reqs=cell.batch, num_workers=workers)
         plan = torch.empty(ints, dtype=torch.int32)
@@ -105,7 +110,8 @@ class Ours:
             kv_lens=step.kv_lens.cpu(),
             num_qo_heads=cell.num_qo_heads,
             num_kv_heads=cell.num_kv_heads,
-            **dims,
+            head_dim_qk=cell.head_dim,
+            head_dim_vo=cell.head_dim,
             q_dtype=BF16,
             kv_dtype=BF16,
             causal=cell.causal,
@@ -146,23 +152,33 @@ class Ours:
         return partial(self._run, k_cache=k, v_cache=v, page_indptr=starts * step.cell.context)
 
 
-def error(step: Step, out: torch.Tensor) -> float:
-    """Largest error of `out` against float64, over some rows of the last request."""
+@dataclass(frozen=True)
+class Expected:
+    """Some rows of the last request in float64: values are [num_rows, num_qo_heads, head_dim]."""
+
+    rows: torch.Tensor
+    values: torch.Tensor
+
+    def error(self, out: torch.Tensor) -> float:
+        """Return the largest error of `out`."""
+        return float((out[self.rows].double() - self.values).abs().max())
+
+
+def expect(step: Step) -> Expected:
+    """Compute what some rows of a step's output should be."""
     cell = step.cell
     chosen = torch.linspace(0, cell.qo_len - 1, NUM_CHECKED_ROWS).long().cuda()
     position = cell.context - cell.qo_len + chosen[:, None]
-    group = cell.num_qo_heads // cell.num_kv_heads
-    k, v = (
-        step.dense(cache)[-cell.context :].repeat_interleave(group, 1) for cache in (step.k, step.v)
-    )
+    key = torch.arange(cell.context, device="cuda")
+    hidden = key > position if cell.causal else (key < 0).expand(NUM_CHECKED_ROWS, -1)
+    if cell.window_left >= 0:
+        hidden = hidden | (key < position - cell.window_left)
+    k, v = (step.dense(cache)[-cell.context :] for cache in (step.k, step.v))
     rows = (cell.batch - 1) * cell.qo_len + chosen
-    worst = 0.0
+    values = []
     for head in range(cell.num_qo_heads):  # all heads at once would not fit beside a large step
-        logits = step.q[rows, head].double() @ k[:, head].double().T * cell.sm_scale
-        key = torch.arange(cell.context, device="cuda")
-        hidden = key > position if cell.causal else torch.zeros_like(logits, dtype=torch.bool)
-        if cell.window_left >= 0:
-            hidden = hidden | (key < position - cell.window_left)
-        expected = logits.masked_fill(hidden, -math.inf).softmax(1) @ v[:, head].double()
-        worst = max(worst, float((out[rows, head].double() - expected).abs().max()))
-    return worst
+        kv_head = head // (cell.num_qo_heads // cell.num_kv_heads)
+        logits = step.q[rows, head].double() @ k[:, kv_head].double().T * cell.sm_scale
+        weights = logits.masked_fill(hidden, -math.inf).softmax(1)
+        values.append(weights @ v[:, kv_head].double())
+    return Expected(rows, torch.stack(values, 1))

@@ -59,11 +59,11 @@ class Rows(NamedTuple):
     is_neox: bool
 
 
-def make_cache() -> torch.Tensor:
-    """Return float32 [MAX_POSITION, HEAD_DIM], cosines then sines."""
-    frequency = 1e4 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-    angle = torch.arange(MAX_POSITION)[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], -1).float().cuda()
+def make_cache(max_position: int = MAX_POSITION, head_dim: int = HEAD_DIM) -> torch.Tensor:
+    """Return float32 [max_position, head_dim], cosines then sines, on torch's default device."""
+    frequency = 1e4 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(max_position)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
 def make_rows(cell: Cell, cos_sin_cache: torch.Tensor) -> Rows:
@@ -123,7 +123,7 @@ def error(call: Call, x: Rows) -> float:
 def run_cell(cell: Cell, backends: Mapping[str, Backend], seconds: float) -> list[Row]:
     """Check and time one cell."""
     torch.manual_seed(0)
-    inputs = inputs_of_a_graph(partial(make_rows, cell, make_cache()), cell.num_bytes())
+    inputs = inputs_of_a_graph(partial(make_rows, cell, make_cache().cuda()), cell.num_bytes())
     calls = importable(backends, ((x,) for x in inputs))
     errors = {name: error(sequence[0], inputs[0]) for name, sequence in calls.items()}
     return time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))

@@ -17,10 +17,12 @@ ROUTINES = (
     "graph",
     "jit",
     "merge",
+    "mixed",
     "norm",
     "plan",
     "prefill",
     "rope",
+    "variants",
 )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fi_backend.errors import UnsupportedError
 from fi_backend.spec import AttentionSpec
+from fi_backend.variants import AttentionVariant
 
 __all__ = [
     "PagedCache",
@@ -25,6 +26,7 @@ __all__ = [
     "split_paged_cache",
     "split_tokens",
     "to_dtype",
+    "to_variant",
 ]
 
 PagedCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -39,9 +41,8 @@ _DEFAULT_ROPE_THETA = 1e4
 _WORKSPACE_ALIGNMENT = 16
 
 _NEXT_STEPS = {
-    "jit_args": "custom attention variants are not part of this version",
-    "jit_kwargs": "custom attention variants are not part of this version",
-    "args": "only BatchAttentionWithAttentionSinkWrapper takes extra tensors, (sink, sm_scale)",
+    "jit_kwargs": "a variant in jit_args says all",
+    "args": "only a variant takes values, and BatchAttentionWithAttentionSinkWrapper a sink",
     "kv_cache_sf": "NVFP4 caches are not supported; use a 16-bit or an fp8 cache",
     "skip_softmax_threshold_scale_factor": "every key is computed exactly",
     "use_fp16_softmax": "softmax is computed in float32",
@@ -90,6 +91,25 @@ def to_dtype(name: str, value: str | torch.dtype | None, default: torch.dtype) -
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f'{name} must be a torch.dtype or its name, as "bfloat16"; got {value!r}')
     return dtype
+
+
+def to_variant(operation: str, jit_args: Sequence[object] | None) -> AttentionVariant | None:
+    """Return the variant that jit_args holds.
+
+    Raises:
+        UnsupportedError: it holds something else.
+    """
+    if jit_args is None:
+        return None
+    if isinstance(jit_args, (list, tuple)) and len(jit_args) == 1:
+        (variant,) = jit_args
+        if isinstance(variant, AttentionVariant):
+            return variant
+    raise UnsupportedError(
+        f"{operation}: jit_args must be [fi_backend.AttentionVariant(...)]; got "
+        f"{type(jit_args).__name__}. FlashInfer's variants are C++ for its own headers: see "
+        f"docs/attention-variants.md for what to write instead"
+    )
 
 
 def check_layout(name: str, kv_layout: str) -> None:

@@ -36,7 +36,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         paged_kv_indices_buffer: int32 [most pages of a step], with use_cuda_graph.
         paged_kv_last_page_len_buffer: int32 [batch_size], with use_cuda_graph.
         backend: "auto", "fa2" or "fa3"; one implementation serves all.
-        jit_args: must be None.
+        jit_args: [AttentionVariant], or None.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             rope_scale, rope_theta: for "ROPE_LLAMA", 1.0 and 1e4 if None.
             non_blocking: do not wait for copies from the host; pinned memory among them must
                 then stay as it is until the device has read it.
+            block_tables: must be None.
             seq_lens: int [batch_size], checked against the page table where both are on the host.
             fixed_split_size: pages at whose multiples a request's keys are cut, which makes its
                 bits independent of its batch mates.
@@ -247,7 +248,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             paged_kv_cache: kv_data_type; one tensor [num_pages, 2, page_size, num_kv_heads,
                 head_dim], or a pair [num_pages, page_size, num_kv_heads, head_dim]; "HND" swaps
                 page_size and num_kv_heads. Any strides but the last.
-            args: must be empty.
+            args: tensors and scalars of the variant in jit_args, in the order it names them.
             q_scale, k_scale, v_scale: factors on q, k and v: a float, or a float tensor of 1 or
                 num_kv_heads elements.
             out: like q, o_data_type; allocated if None.
@@ -262,9 +263,9 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         Raises:
             TypeError, ValueError: an argument does not fit the plan; the message names it.
         """
+        values = self._take_values(args)
         refuse(
             self._name,
-            args=args,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
             kv_cache_sf=kv_cache_sf,
         )
@@ -292,6 +293,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            variant_values=values,
         )
 
     def forward(
@@ -308,7 +310,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> torch.Tensor:
-        """Replace the planned options by these and run; the older form of run()."""
+        """Replace options of plan() by these and run; the older form of run()."""
         return self.forward_return_lse(
             q,
             paged_kv_cache,
@@ -337,7 +339,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace the planned options by these and run; the older form of run_return_lse()."""
+        """Replace options of plan() by these and run; the older form of run_return_lse()."""
         self._replan(
             causal=True,
             pos_encoding_mode=pos_encoding_mode,

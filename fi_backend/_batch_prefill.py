@@ -39,7 +39,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             more a request for masks that plan() packs by lengths on a GPU.
         mask_indptr_buf: int32 [batch_size + 1], with use_cuda_graph and custom masks.
         backend: "auto", "fa2" or "fa3"; one implementation serves all.
-        jit_args, jit_kwargs: must be None.
+        jit_args: [AttentionVariant], or None.
+        jit_kwargs: must be None.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             paged_kv_cache: kv_data_type; one tensor [num_pages, 2, page_size, num_kv_heads,
                 head_dim], or a pair [num_pages, page_size, num_kv_heads, head_dim]; "HND" swaps
                 page_size and num_kv_heads. Any strides but the last.
-            args: must be empty.
+            args: tensors and scalars of the variant in jit_args, in the order it names them.
             q_scale, k_scale, v_scale: factors on q, k and v: a float, or a float tensor of 1 or
                 num_kv_heads elements.
             out: [qo_indptr[-1], num_qo_heads, head_dim_vo], o_data_type; allocated if None.
@@ -302,7 +303,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             use_fp16_softmax=use_fp16_softmax,
             uses_spcompress=uses_spcompress,
         )
-        sinks, sm_scale = self._take_extra(args, sinks)
+        values = None if self._variant is None else self._take_values(args)
+        sinks, sm_scale = self._take_extra(args if values is None else (), sinks)
         self._check_rows(q)
         self._check_window(window_left)
         return self._run(
@@ -316,6 +318,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             k_scale=k_scale,
             v_scale=v_scale,
             sm_scale=sm_scale,
+            variant_values=values,
         )
 
     def forward(
@@ -333,7 +336,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> torch.Tensor:
-        """Replace the planned options by these and run; the older form of run()."""
+        """Replace options of plan() by these and run; the older form of run()."""
         return self.forward_return_lse(
             q,
             paged_kv_cache,
@@ -364,7 +367,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace the planned options by these and run; the older form of run_return_lse()."""
+        """Replace options of plan() by these and run; the older form of run_return_lse()."""
         self._replan(
             causal=causal,
             pos_encoding_mode=pos_encoding_mode,

@@ -65,7 +65,11 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
     ) -> None:
-        """Use another workspace from the next begin_forward() on; both 16-byte aligned."""
+        """Use another workspace from the next begin_forward() on.
+
+        Arguments and errors are those of BatchPrefillWithPagedKVCacheWrapper's
+        reset_workspace_buffer().
+        """
         self._own.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 
     def begin_forward(
@@ -79,9 +83,13 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
         page_size: int,
         data_type: str | torch.dtype = "float16",
     ) -> None:
-        """Plan a step. Arguments as for BatchDecodeWithPagedKVCacheWrapper.plan().
+        """Plan a step.
 
         Args:
+            unique_kv_indptr: `indptr` of BatchDecodeWithPagedKVCacheWrapper.plan(), whose arguments
+                and errors the others are too.
+            unique_kv_indices: its `indices`.
+            unique_kv_last_page_len: its `last_page_len`.
             data_type: dtype of q and of both caches.
         """
         self._own.plan(
@@ -143,7 +151,11 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
     ) -> None:
-        """Use another workspace from the next begin_forward() on; both 16-byte aligned."""
+        """Use another workspace from the next begin_forward() on.
+
+        Arguments and errors are those of BatchPrefillWithPagedKVCacheWrapper's
+        reset_workspace_buffer().
+        """
         self._own.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 
     def begin_forward(
@@ -157,8 +169,9 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
         head_dim: int,
         page_size: int,
     ) -> None:
-        """Plan a step. Arguments as for BatchPrefillWithPagedKVCacheWrapper.plan().
+        """Plan a step.
 
+        Arguments and errors are those of BatchPrefillWithPagedKVCacheWrapper.plan().
         No argument says the dtypes, so the first forward() after this one divides the work.
         """
         self._plan_own = functools.partial(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,9 +22,10 @@ from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
 from fi_backend.planning import plan
+from fi_backend.variants import AttentionVariant
 from fi_backend.workspace import Workspace
 
-__all__ = ["single_attention"]
+__all__ = ["single_attention", "single_variant_attention"]
 
 
 class _HostScratch(threading.local):
@@ -65,6 +68,8 @@ def single_attention(
     o_dtype: torch.dtype | None = None,
     custom_mask: torch.Tensor | None = None,
     packed_custom_mask: torch.Tensor | None = None,
+    variant: AttentionVariant | None = None,
+    variant_values: dict[str, Any] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from q [qo_len, num_qo_heads, head_dim] to the keys of one request."""
     check_tensor("q", q, shape=(None, None, None))
@@ -97,6 +102,8 @@ def single_attention(
         rope_theta=rope_theta,
         custom_mask=custom_mask is not None or packed_custom_mask is not None,
     )
+    if variant is not None:
+        spec = replace(spec, variant=variant)
     layer = PagedAttention(spec, q.device)
     # Made on the device, so that a CUDA graph can hold the call: it cannot copy from the host.
     zero_and_one = torch.arange(2, dtype=torch.int32, device=q.device)
@@ -119,4 +126,41 @@ def single_attention(
         mask_indptr=mask_indptr,
         k_scale=combine_scales((("q_scale", q_scale), ("k_scale", k_scale)), num_kv_heads),
         v_scale=combine_scales((("v_scale", v_scale),), num_kv_heads),
+        variant_values=variant_values,
+    )
+
+
+def single_variant_attention(
+    operation: str,
+    variant: AttentionVariant,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    values: Sequence[Any],
+    *,
+    kv_layout: str,
+    causal: bool,
+    window_left: int,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `variant` says, all of whose values are given in order."""
+    if not isinstance(variant, AttentionVariant):
+        raise TypeError(
+            f"jit_module must be a fi_backend.AttentionVariant; got {type(variant).__name__}"
+        )
+    return single_attention(
+        operation,
+        *qkv,
+        kv_layout=kv_layout,
+        causal=causal,
+        pos_encoding_mode="NONE",
+        window_left=window_left,
+        logits_soft_cap=None,
+        sm_scale=None,
+        rope_scale=None,
+        rope_theta=None,
+        q_scale=None,
+        k_scale=None,
+        v_scale=None,
+        return_lse=return_lse,
+        variant=variant,
+        variant_values=variant.values_by_name(values),
     )

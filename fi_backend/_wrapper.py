@@ -18,6 +18,7 @@ from fi_backend._arguments import (
     layer_spec,
     planned_arguments,
     refuse,
+    to_variant,
 )
 from fi_backend._page_table import check_fits, fill, to_device
 from fi_backend.attention import PagedAttention
@@ -48,7 +49,8 @@ class AttentionWrapper(ABC):
         self._name = type(self).__name__
         check_layout("kv_layout", kv_layout)
         check_backend(self._name, backend)
-        refuse(self._name, jit_args=jit_args, jit_kwargs=jit_kwargs)
+        refuse(self._name, jit_kwargs=jit_kwargs)
+        self._variant = to_variant(self._name, jit_args)
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
         # With use_cuda_graph: spec and split_tokens of the first plan().
@@ -194,6 +196,7 @@ class AttentionWrapper(ABC):
 
     def _workspace_size(self, spec: AttentionSpec, batch_size: int) -> tuple[int, int]:
         """Bytes of the float and of the integer workspace that a plan for `spec` needs."""
+        spec = replace(spec, variant=self._variant)
         planner = host_plan if self._device.type == "cpu" else device_plan
         int_bytes = 4 * planner.plan_buffer_ints(
             max_reqs=batch_size, num_workers=default_workers(self._device)
@@ -221,6 +224,8 @@ class AttentionWrapper(ABC):
             split_tokens: as for plan().
             mask, mask_indptr: as for PagedAttention.run(), if spec.custom_mask.
         """
+        if spec.variant != self._variant:
+            spec = replace(spec, variant=self._variant)
         layers = self._layers
         if spec != self._spec:
             layers = {(spec.sinks, spec.sm_scale): PagedAttention(spec, self._device)}
@@ -260,7 +265,7 @@ class AttentionWrapper(ABC):
             custom_mask=spec.custom_mask,
             **options,
         )
-        if changed != spec:
+        if changed != replace(spec, variant=None):
             self._plan_batch(
                 changed,
                 old.batch,
@@ -269,6 +274,13 @@ class AttentionWrapper(ABC):
                 mask=self._mask,
                 mask_indptr=self._mask_indptr,
             )
+
+    def _take_values(self, args: tuple[Any, ...]) -> dict[str, Any] | None:
+        """Turn run()'s extra positional arguments into the variant's values, by name."""
+        if self._variant is not None:
+            return self._variant.values_by_name(args)
+        refuse(self._name, args=args)
+        return None
 
     def _check_window(self, window_left: int | None) -> None:
         spec, _ = self._planned()
@@ -291,6 +303,7 @@ class AttentionWrapper(ABC):
         k_scale: Scale = None,
         v_scale: Scale = None,
         sm_scale: float | None = None,
+        variant_values: dict[str, Any] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Launch the planned layer over `q` and a cache viewed as [pages, page, heads, dim]."""
         spec, step = self._planned()
@@ -322,4 +335,5 @@ class AttentionWrapper(ABC):
             mask_indptr=self._mask_indptr,
             k_scale=combine_scales((("q_scale", q_scale), ("k_scale", k_scale)), spec.num_kv_heads),
             v_scale=combine_scales((("v_scale", v_scale),), spec.num_kv_heads),
+            variant_values=variant_values,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from fi_backend import env
@@ -62,11 +65,7 @@ class PagedAttention:
         self._has_no_options = not (spec.alibi or spec.sinks or spec.custom_mask)
         self._kernels = attention_kernels.load(
             device_type=torch.device(device).type,
-            q_dtype=spec.q_dtype,
-            kv_dtype=spec.kv_dtype,
-            o_dtype=spec.o_dtype,
-            head_dim_qk=spec.head_dim_qk,
-            head_dim_vo=spec.head_dim_vo,
+            **spec.kernel_types,
         )
         self._checked = env.CHECKED.get()
 
@@ -85,6 +84,7 @@ class PagedAttention:
         mask_indptr: torch.Tensor | None = None,
         k_scale: float | torch.Tensor = 1.0,
         v_scale: float | torch.Tensor = 1.0,
+        variant_values: Mapping[str, torch.Tensor | float] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Compute attention for every query row of the plan's batch.
 
@@ -106,6 +106,8 @@ class PagedAttention:
             mask_indptr: int32 [num_reqs + 1], first byte of each request in custom_mask.
             k_scale: factor on keys: a float, or float32 [num_kv_heads].
             v_scale: factor on values: a float, or float32 [num_kv_heads].
+            variant_values: the tensors, contiguous, and scalars of spec.variant by name. A CUDA
+                graph keeps addresses of the tensors, and the scalars.
 
         Raises:
             TypeError, ValueError: an argument does not fit the spec or the plan.
@@ -113,6 +115,9 @@ class PagedAttention:
         k, v = kv_cache
         is_direct = runs_directly("attention", q=q)
         self._check_options(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
+        members: tuple[Any, ...] = ()
+        if self.spec.variant is not None or variant_values is not None:
+            members = self._members(variant_values, is_direct, lse is not None or return_lse)
         if not is_direct or self._checked or not self._fits(plan, q, k):
             self._check_tensors(plan, q, k, v, out, lse)
         if out is None or return_lse:
@@ -147,6 +152,7 @@ class PagedAttention:
                 rope_scale=spec.rope_scale,
                 rope_theta=spec.rope_theta,
                 num_workers=plan.num_workers,
+                members=members,
             )
         except (TypeError, ValueError):
             # The native code has refused; say why in the terms of this call if we can.
@@ -276,6 +282,25 @@ class PagedAttention:
                     f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; "
                     f"got {custom_mask.shape[0]}"
                 )
+
+    def _members(
+        self, values: Mapping[str, Any] | None, is_direct: bool, wants_lse: bool
+    ) -> tuple[Any, ...]:
+        """Put a run's values in the order of the variant's members; refuse what it cannot have."""
+        variant = self.spec.variant
+        if variant is None:
+            raise ValueError("variant_values must be None: spec.variant is None")
+        if not is_direct:
+            raise UnsupportedError(
+                f"PagedAttention: variant {variant.name} runs eagerly and in CUDA graphs; under "
+                f"torch.compile, exclude the call with torch.compiler.disable"
+            )
+        if wants_lse and not variant.use_softmax:
+            raise ValueError(
+                f"lse and return_lse must be None and False: variant {variant.name} does not use "
+                f"softmax, whose denominators they are"
+            )
+        return variant.members(values)
 
     def _outputs(
         self,

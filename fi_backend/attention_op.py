@@ -55,11 +55,16 @@ _op = register(
 
 
 def run_traced(
-    *, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor, **arguments: Any
+    *,
+    k_scale: float | torch.Tensor,
+    v_scale: float | torch.Tensor,
+    members: tuple[()],
+    **arguments: Any,
 ) -> None:
     """Run through the op; arguments as `kernels.attention_line.LineKernels.run` takes them.
 
-    A schema keeps tensors and floats apart, so each scale travels as two arguments.
+    A schema keeps tensors and floats apart, so each scale travels as two arguments; and it has no
+    place for the members of a variant.
     """
     k_is_tensor, v_is_tensor = isinstance(k_scale, torch.Tensor), isinstance(v_scale, torch.Tensor)
     _op.traced(

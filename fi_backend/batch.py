@@ -67,6 +67,8 @@ class PagedBatch:
             kv_indices: int32 [num_pages_used], page ids.
             last_page_len: int32 [R], tokens in each request's last page.
             page_size: tokens a page holds.
+
+        The tensors are checked when a step is planned: see :meth:`validate`.
         """
         pages = kv_indptr[1:] - kv_indptr[:-1]
         full = (pages - 1).clamp(min=0) * page_size
@@ -75,15 +77,25 @@ class PagedBatch:
 
     @classmethod
     def ragged(cls, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor) -> PagedBatch:
-        """Build a batch whose keys lie one after the other, int32 [R + 1] token offsets each."""
+        """Build a batch whose keys lie one after the other.
+
+        Args:
+            qo_indptr: int32 [R + 1], first query row of each request.
+            kv_indptr: int32 [R + 1], first key of each request.
+
+        The tensors are checked when a step is planned: see :meth:`validate`.
+        """
         return cls(qo_indptr, kv_indptr[1:] - kv_indptr[:-1], page_indptr=kv_indptr)
 
     def max_kv_len(self, page_size: int) -> int | None:
-        """Tokens that a row of the block table holds; None without a block table."""
+        """Tokens that a row of the block table holds, `page_size` each page; None without one."""
         return None if self.block_table is None else self.block_table.shape[1] * page_size
 
     def validate(self, page_size: int) -> None:
         """Check shapes, dtypes and devices; plan() checks the lengths.
+
+        Args:
+            page_size: tokens a page holds.
 
         Raises:
             TypeError: an argument is no tensor or has the wrong dtype.

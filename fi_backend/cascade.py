@@ -93,7 +93,16 @@ class MultiLevelCascadeAttentionWrapper:
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: list[torch.Tensor]
     ) -> None:
-        """Use other workspaces from the next plan() on: one for floats, an integer one a level."""
+        """Use other workspaces from the next plan() on.
+
+        Args:
+            float_workspace_buffer: as for BatchPrefillWithPagedKVCacheWrapper's
+                reset_workspace_buffer().
+            int_workspace_buffers: one for each level, as its `int_workspace_buffer`.
+
+        Raises:
+            TypeError, ValueError: a buffer is malformed, or their number is not that of the levels.
+        """
         _check_levels("int_workspace_buffers", int_workspace_buffers, len(self._levels))
         for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers, strict=True):
             level.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
@@ -127,6 +136,7 @@ class MultiLevelCascadeAttentionWrapper:
             paged_kv_indptr_arr: per level int32 [groups + 1].
             paged_kv_indices_arr: per level int32 [num_pages_used].
             paged_kv_last_page_len: per level int32 [groups].
+            head_dim: size of a head.
             causal: within the last level; all rows see all keys of the levels above.
             pos_encoding_mode, window_left: "NONE" and -1 unless there is one level, since a level
                 does not know where its keys stand in the whole sequence.

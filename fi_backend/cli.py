@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fi_backend import env
 from fi_backend.errors import FiBackendError
 
 if TYPE_CHECKING:
@@ -22,6 +26,10 @@ _DIMS = {
     "hidden_size": ("hidden_size", int, "elements of one hidden row"),
     "dtype": ("torch_dtype", str, "bfloat16, float16 or float32"),
 }
+
+
+# Options of which a package of prebuilt kernels may combine several values.
+_COMBINED = ("head_dim", "dtype", "kv_cache_dtype", "device")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     commands_json = command("compile-commands", _compile_commands, "Write a file for clangd.")
     commands_json.add_argument("--output", type=Path, default=Path("compile_commands.json"))
     _add_model(commands_json)
+    trace = command("trace", _trace, "Write JSON definitions of all public calls for a model.")
+    trace.add_argument("--output", type=Path, required=True, metavar="DIR")
+    trace.add_argument("--page-size", type=int, default=16, help="tokens a page; default: 16")
+    _add_model(trace, required=True)
     aot = command("aot", _aot, "Compile ahead of time, to run where the JIT is disabled.")
     place = aot.add_mutually_exclusive_group(required=True)
     place.add_argument("--out-dir", type=Path, help="directory for FI_BACKEND_AOT_DIR")
@@ -66,19 +78,31 @@ def _parser() -> argparse.ArgumentParser:
     aot.add_argument(
         "--isa", action="append", default=[], help="CPU instruction set; repeat for several"
     )
-    _add_model(aot)
+    aot.add_argument(
+        "--cuda-arch-list", metavar="LIST", help="as '8.0 9.0a'; default: the GPUs present"
+    )
+    _add_model(aot, several=_COMBINED)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
+def _add_model(
+    parser: argparse.ArgumentParser, required: bool = False, several: Sequence[str] = ()
+) -> None:
+    """Add the options that describe a model; those named in `several` take more than one value."""
     group = parser.add_argument_group(
         "model", "a config.json, dims, or both" + ("" if required else "; default: what is cached")
     )
-    group.add_argument("--model", type=Path, help="config.json of a model, or its directory")
+
+    def option(name: str, **settings: Any) -> None:
+        if name in several:
+            settings |= {"nargs": "+", "default": [settings.pop("default", None)]}
+        group.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+    option("model", type=Path, help="config.json of a model, or its directory")
     for name, (_, kind, text) in _DIMS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    group.add_argument("--kv-cache-dtype", help="auto, or fp8_e4m3 or fp8_e5m2")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+        option(name, type=kind, help=text)
+    option("kv_cache_dtype", help="auto, or fp8_e4m3 or fp8_e5m2")
+    option("device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.set_defaults(model_required=required)
 
 
@@ -169,19 +193,53 @@ def _compile_commands(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output} with {count} translation units")
 
 
+def _trace(arguments: argparse.Namespace) -> None:
+    from fi_backend import trace, warmup
+
+    config = _model_config(arguments)
+    if config is None:
+        raise ValueError("which model? pass --model CONFIG, or dims such as --num-qo-heads 32")
+    written = [
+        trace.write(definition, arguments.output)
+        for layer in warmup.model_layers(config, arguments.device)
+        for definition in trace.model_definitions(
+            replace(layer, page_size=arguments.page_size), config.get("hidden_size")
+        )
+    ]
+    print(f"wrote {len(written)} definitions to {arguments.output}")
+
+
+def _package_specs(arguments: argparse.Namespace) -> list[KernelSpec]:
+    """List the kernels of every combination of the options that take several values."""
+    specs: list[KernelSpec] = []
+    for values in itertools.product(*(getattr(arguments, name) for name in _COMBINED)):
+        choice = argparse.Namespace(**vars(arguments) | dict(zip(_COMBINED, values, strict=True)))
+        config = _model_config(choice)
+        if config is None:
+            return _specs(choice)
+        from fi_backend import prebuilt
+
+        specs += prebuilt.package_specs(config, choice.device)
+    return list(dict.fromkeys(specs))
+
+
 def _aot(arguments: argparse.Namespace) -> None:
     from fi_backend.jit import aot, isa
 
     unknown = sorted(set(arguments.isa) - set(isa.LEVELS))
     if unknown:
         raise ValueError(f"--isa must be one of {', '.join(isa.LEVELS)}, got {', '.join(unknown)}")
-    specs = _specs(arguments)
+    if arguments.cuda_arch_list is not None:
+        os.environ[env.CUDA_ARCH_LIST.name] = arguments.cuda_arch_list  # of this process alone
+    specs = _package_specs(arguments)
     if not specs:
         raise ValueError("nothing to build: the cache is empty; pass --model or dims")
+    # On the CPU a package for GPUs only checks and packs: code that every CPU runs will do.
+    levels = arguments.isa or ([] if "cpu" in arguments.device else ["generic"])
     if arguments.wheel is not None:
-        print(f"wrote {aot.build_wheel(specs, arguments.wheel, levels=arguments.isa)}")
+        print(f"wrote {aot.build_wheel(specs, arguments.wheel, levels=levels)}")
         return
-    entries = aot.build_directory(specs, arguments.out_dir, levels=arguments.isa)
+    entries = aot.build_directory(specs, arguments.out_dir, levels=levels)
     print(f"{len(entries)} modules in {arguments.out_dir}; use it with FI_BACKEND_AOT_DIR")
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fi_backend._batch_decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_backend._page_table import check_lens
-from fi_backend._single import single_attention
+from fi_backend._single import single_attention, single_variant_attention
 from fi_backend.checks import check_tensor
+from fi_backend.variants import AttentionVariant
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan",
     "single_decode_with_kv_cache",
+    "single_decode_with_kv_cache_with_jit_module",
 ]
 
 
@@ -82,6 +86,48 @@ def single_decode_with_kv_cache(
     return result.squeeze(0)
 
 
+def single_decode_with_kv_cache_with_jit_module(
+    jit_module: AttentionVariant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *args: Any,
+    kv_layout: str = "NHD",
+    window_left: int = -1,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend from one new token of one request to its keys, as a variant says.
+
+    Args:
+        jit_module: the variant.
+        q, k, v, kv_layout, window_left: as for single_decode_with_kv_cache().
+        args: tensors and scalars of the variant, in the order it names them.
+        return_lse: as there; False for a variant that does not use softmax.
+
+    Returns:
+        [num_qo_heads, head_dim of v], dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+        UnsupportedError: the combination is not served.
+        BuildError: the variant does not compile.
+    """
+    check_tensor("q", q, shape=(None, None))
+    result = single_variant_attention(
+        "single_decode_with_kv_cache_with_jit_module",
+        jit_module,
+        (q.unsqueeze(0), k, v),
+        args,
+        kv_layout=kv_layout,
+        causal=False,
+        window_left=window_left,
+        return_lse=return_lse,
+    )
+    if isinstance(result, tuple):
+        return result[0].squeeze(0), result[1].squeeze(0)
+    return result.squeeze(0)
+
+
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
     """The batch decode wrapper with use_cuda_graph, whose page table lives in fixed buffers.
 
@@ -143,7 +189,7 @@ def fast_decode_plan(
     Our plan() waits for nothing that this could save, so both do the same.
 
     Args:
-        self: the wrapper. The other arguments are those of its plan(), and
+        self: the wrapper. The others are those of BatchDecodeWithPagedKVCacheWrapper.plan(), and
         global_override_indptr_cpu: int32 [batch_size + 1], a host copy of `indptr`; it must agree,
             which is checked where `indptr` is on the host.
 

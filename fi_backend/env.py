@@ -109,9 +109,9 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 
 def _level(text: str) -> int:
-    if text not in ("0", "1", "3", "5"):
+    if text not in ("0", "1", "3", "5", "10"):
         raise ValueError("one of 0 (off), 1 (names), 3 (shapes and dtypes), 5 (statistics)")
-    return int(text)
+    return min(int(text), 5)  # FlashInfer's 10 also dumps tensors, which nothing here does
 
 
 def _absolute_path(text: str) -> Path:
@@ -201,7 +201,12 @@ CHECKED = _boolean("CHECKED", "Validate page ids and index pointers on the host 
 DISABLE = _boolean("DISABLE", "Do not register with any engine.")
 AUTO = _boolean("AUTO", "Serve an engine even when it did not ask for us by name.")
 LOGLEVEL = Variable(
-    PREFIX + "LOGLEVEL", "level", 0, "API call log: 0 off, 1 names, 3 shapes, 5 statistics.", _level
+    PREFIX + "LOGLEVEL",
+    "level",
+    0,
+    "API call log: 0 off, 1 names, 3 shapes, 5 statistics; read at import.",
+    _level,
+    ("FLASHINFER_LOGLEVEL",),
 )
 LOGDEST = Variable(
     PREFIX + "LOGDEST",
@@ -209,6 +214,10 @@ LOGDEST = Variable(
     "stderr",
     "Where the API call log goes: stdout, stderr or a file path (%i becomes the process id).",
     _text,
+    ("FLASHINFER_LOGDEST",),
+)
+TRACE_DIR = _path(
+    "TRACE_DIR", "Where each public call writes a JSON definition of itself once; read at import."
 )
 LOGGING_LEVEL = Variable(
     PREFIX + "LOGGING_LEVEL",

@@ -266,10 +266,18 @@ def get_seq_lens(
 
     A request without pages has the length `kv_last_page_len` gives it, which must then be 0.
 
+    No value is checked.
+
     Args:
-        kv_indptr: [num_requests + 1], counted in pages.
-        kv_last_page_len: [num_requests], tokens in each request's last page.
+        kv_indptr: int32 [num_requests + 1], counted in pages.
+        kv_last_page_len: int32 [num_requests], tokens in each request's last page.
         page_size: tokens of a page.
+
+    Returns:
+        int32 [num_requests].
+
+    Raises:
+        RuntimeError: torch's own, where the sizes do not fit.
     """
     full_pages = torch.clamp(kv_indptr[1:] - kv_indptr[:-1] - 1, min=0)
     return full_pages * page_size + kv_last_page_len

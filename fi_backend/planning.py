@@ -56,11 +56,7 @@ def _partial_floats(
         device_type=device.type,
         num_workers=num_workers,
         split=split_tokens,
-        q_dtype=spec.q_dtype,
-        kv_dtype=spec.kv_dtype,
-        o_dtype=spec.o_dtype,
-        head_dim_qk=spec.head_dim_qk,
-        head_dim_vo=spec.head_dim_vo,
+        **spec.kernel_types,
     )
 
 

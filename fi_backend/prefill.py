@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from fi_backend._arguments import check_backend, refuse
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_backend._single import single_attention
+from fi_backend._single import single_attention, single_variant_attention
 from fi_backend.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from fi_backend.variants import AttentionVariant
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "single_prefill_with_kv_cache_with_jit_module",
 ]
 
 
@@ -104,3 +107,48 @@ def single_prefill_with_kv_cache(
 single_prefill_with_kv_cache_return_lse = functools.partial(
     single_prefill_with_kv_cache, return_lse=True
 )
+
+
+_CAUSAL_BY_MASK_MODE = {0: False, 1: True}  # FlashInfer's MaskMode.NON_CAUSAL and CAUSAL
+
+
+def single_prefill_with_kv_cache_with_jit_module(
+    jit_module: AttentionVariant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *args: Any,
+    kv_layout: str = "NHD",
+    mask_mode: int = 0,
+    window_left: int = -1,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend from the new tokens of one request to its keys, as a variant says.
+
+    Args:
+        jit_module: the variant.
+        q, k, v, kv_layout, window_left: as for single_prefill_with_kv_cache().
+        args: tensors and scalars of the variant, in the order it names them.
+        mask_mode: 0, every row sees every key, or 1, causal. Other masks are the variant's.
+        return_lse: as there; False for a variant that does not use softmax.
+
+    Returns:
+        [qo_len, num_qo_heads, head_dim_vo], dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+        UnsupportedError: the combination is not served.
+        BuildError: the variant does not compile.
+    """
+    if mask_mode not in _CAUSAL_BY_MASK_MODE:
+        raise ValueError(f"mask_mode must be 0 (all keys) or 1 (causal); got {mask_mode}")
+    return single_variant_attention(
+        "single_prefill_with_kv_cache_with_jit_module",
+        jit_module,
+        (q, k, v),
+        args,
+        kv_layout=kv_layout,
+        causal=_CAUSAL_BY_MASK_MODE[mask_mode],
+        window_left=window_left,
+        return_lse=return_lse,
+    )

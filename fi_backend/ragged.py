@@ -33,7 +33,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             more a request for masks that plan() packs by lengths on a GPU.
         mask_indptr_buf: int32 [batch_size + 1], with use_cuda_graph and custom masks.
         backend: "auto", "fa2" or "fa3"; one implementation serves all.
-        jit_args, jit_kwargs: must be None.
+        jit_args: [AttentionVariant], or None.
+        jit_kwargs: must be None.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             k: [kv_indptr[-1], num_kv_heads, head_dim_qk], kv_data_type; "HND" swaps the first two
                 dimensions. Any strides but the last.
             v: as k, with head_dim_vo.
-            args: must be empty.
+            args: tensors and scalars of the variant in jit_args, in the order it names them.
             q_scale, k_scale, v_scale: factors on q, k and v.
             out: [qo_indptr[-1], num_qo_heads, head_dim_vo], o_data_type; allocated if None.
             lse: float32 [qo_indptr[-1], num_qo_heads]; allocated if None and return_lse.
@@ -175,7 +176,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         Raises:
             TypeError, ValueError: an argument does not fit the plan; the message names it.
         """
-        refuse(self._name, args=args, o_scale=o_scale, kv_cache_sf=kv_cache_sf)
+        values = self._take_values(args)
+        refuse(self._name, o_scale=o_scale, kv_cache_sf=kv_cache_sf)
         self._check_rows(q)
         cache = (ragged_cache("k", k, self._kv_layout), ragged_cache("v", v, self._kv_layout))
         for name, tensor in zip(("k", "v"), cache, strict=True):
@@ -193,6 +195,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            variant_values=values,
         )
 
     def forward(
@@ -209,7 +212,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> torch.Tensor:
-        """Replace the planned options by these and run; the older form of run()."""
+        """Replace options of plan() by these and run; the older form of run()."""
         return self.forward_return_lse(
             q,
             k,
@@ -238,7 +241,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace the planned options by these and run; the older form of run_return_lse()."""
+        """Replace options of plan() by these and run; the older form of run_return_lse()."""
         self._replan(
             causal=causal,
             pos_encoding_mode=pos_encoding_mode,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from fi_backend.variants import AttentionVariant
 
 __all__ = ["AttentionSpec", "Geometry", "supports"]
 
@@ -83,6 +86,8 @@ class AttentionSpec:
         custom_mask: run() gets a packed mask, which takes the place of the causal one.
         rope_theta: > 0 rotates q and the unrotated keys inside the kernel (half-split layout).
         rope_scale: divides positions when rope_theta > 0.
+        variant: functions of the caller's that change scores, masks, weights or outputs; run()
+            gets the values of their tensors and scalars.
         geometry: what plans depend on; equal geometries are one object, so that they compare fast.
     """
 
@@ -103,6 +108,7 @@ class AttentionSpec:
     custom_mask: bool = False
     rope_theta: float = 0.0
     rope_scale: float = 1.0
+    variant: AttentionVariant | None = None
     geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +134,18 @@ class AttentionSpec:
             rope=self.rope_theta > 0,
         )
         object.__setattr__(self, "geometry", _geometries.setdefault(geometry, geometry))
+
+    @property
+    def kernel_types(self) -> dict[str, Any]:
+        """What kernels are compiled for, as fi_backend.kernels.attention takes it."""
+        return {
+            "q_dtype": self.q_dtype,
+            "kv_dtype": self.kv_dtype,
+            "o_dtype": self.o_dtype,
+            "head_dim_qk": self.head_dim_qk,
+            "head_dim_vo": self.head_dim_vo,
+            "variant": None if self.variant is None else self.variant.code,
+        }
 
     @property
     def group_size(self) -> int:
@@ -194,4 +212,8 @@ def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
         )
     if spec.rope_theta > 0.0 and spec.head_dim_qk % 2:
         return f"head_dim_qk must be even for rope; got {spec.head_dim_qk}"
+    if spec.variant is not None and spec.alibi:
+        return "alibi must be False with a variant: add the bias in the variant's logit()"
+    if spec.variant is not None and not spec.variant.use_softmax and spec.sinks:
+        return "sinks must be False with a variant that does not use softmax"
     return None

@@ -13,11 +13,13 @@ import torch
 
 from fi_backend.errors import UnsupportedError
 
-__all__ = ["Op", "register", "runs_directly"]
+__all__ = ["OLDEST_COMPUTE_CAPABILITY", "Op", "has_cuda_kernel", "register", "runs_directly"]
 
 _library = torch.library.Library("fi_backend", "FRAGMENT")
 # Subclasses (fake tensors among them) have no memory that a kernel could read.
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+# 10 * major + minor of the oldest GPUs that CUDA kernels run on: they need cp.async and bfloat16.
+OLDEST_COMPUTE_CAPABILITY = 80
 # Operations that have CUDA kernels; the others refuse CUDA tensors.
 _ON_CUDA = frozenset(
     {
@@ -53,6 +55,11 @@ _ON_CUDA = frozenset(
         "silu_and_mul",
     }
 )
+
+
+def has_cuda_kernel(operation: str) -> bool:
+    """Whether an operation takes CUDA tensors."""
+    return operation in _ON_CUDA
 
 
 class Op(NamedTuple):

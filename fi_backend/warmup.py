@@ -22,7 +22,7 @@ from fi_backend.kernels import (
 )
 from fi_backend.spec import AttentionSpec, supports
 
-__all__ = ["attention_kernels", "compile_kernels", "specs_for_model"]
+__all__ = ["attention_kernels", "compile_kernels", "model_layers", "specs_for_model"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -74,14 +74,7 @@ def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list
     on_gpu = device_type == "cuda"
     specs = [device_plan.plan_spec() if on_gpu else host_plan.plan_spec()]
     for layer in layers:
-        specs += attention.attention_specs(
-            device_type=device_type,
-            q_dtype=layer.q_dtype,
-            kv_dtype=layer.kv_dtype,
-            o_dtype=layer.o_dtype,
-            head_dim_qk=layer.head_dim_qk,
-            head_dim_vo=layer.head_dim_vo,
-        )
+        specs += attention.attention_specs(device_type=device_type, **layer.kernel_types)
         specs.append(
             append_kv.append_cuda_spec(layer.q_dtype, layer.kv_dtype)
             if on_gpu
@@ -102,23 +95,8 @@ def specs_for_model(config: Mapping[str, Any], device_type: str = "cpu") -> list
     Raises:
         ValueError: a dimension is missing or the kernels do not support it.
     """
-    text = _text_config(config)
-    dtype = _dtype(text, config)
-    kv_dtype = _cache_dtype(config.get("kv_cache_dtype") or "auto", dtype)
-    layers = [
-        AttentionSpec(
-            num_qo_heads=text.get("num_attention_heads") or 1,
-            num_kv_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or 1,
-            head_dim_qk=head_dim,
-            q_dtype=dtype,
-            kv_dtype=kv_dtype,
-        )
-        for head_dim in _head_dims(text)
-    ]
-    for layer in layers:
-        reason = supports(layer, device_type)
-        if reason is not None:
-            raise ValueError(f"this model is not supported: {reason}")
+    layers = model_layers(config, device_type)
+    dtype, kv_dtype = layers[0].q_dtype, layers[0].kv_dtype
     specs = attention_kernels(layers, device_type)
     if device_type == "cuda":
         return [
@@ -137,6 +115,31 @@ def specs_for_model(config: Mapping[str, Any], device_type: str = "cpu") -> list
         rope.rope_spec(dtype),
         activation.activation_spec(dtype),
     ]
+
+
+def model_layers(config: Mapping[str, Any], device_type: str = "cpu") -> list[AttentionSpec]:
+    """Describe a model's attention layers, one for every head size.
+
+    Arguments and errors are those of :func:`specs_for_model`.
+    """
+    text = _text_config(config)
+    dtype = _dtype(text, config)
+    kv_dtype = _cache_dtype(config.get("kv_cache_dtype") or "auto", dtype)
+    layers = [
+        AttentionSpec(
+            num_qo_heads=text.get("num_attention_heads") or 1,
+            num_kv_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or 1,
+            head_dim_qk=head_dim,
+            q_dtype=dtype,
+            kv_dtype=kv_dtype,
+        )
+        for head_dim in _head_dims(text)
+    ]
+    for layer in layers:
+        reason = supports(layer, device_type)
+        if reason is not None:
+            raise ValueError(f"this model is not supported: {reason}")
+    return layers
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from fi_backend.kernels import (
     attention_cuda,
     device_plan,
     merge,
+    mixed,
     norm,
     rope,
     rope_append,
@@ -107,6 +108,13 @@ def prefill_spec(
 ) -> KernelSpec:
     """Return the many-row attention module of (q and output, cache) dtypes."""
     return attention_spec(attention_cuda.prefill_spec, (*dtypes, dtypes[0], dims), tag)
+
+
+def mixed_spec(
+    dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
+) -> KernelSpec:
+    """Return the attention module for both lines, of (q and output, cache) dtypes."""
+    return attention_spec(mixed.mixed_spec, (*dtypes, dtypes[0], dims), tag)
 
 
 def plan_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:

@@ -216,7 +216,7 @@ def test_constructor_refuses() -> None:
         decode_wrapper(kv_layout="NDH")
     with pytest.raises(UnsupportedError, match="backend must be one of auto, fa2, fa3"):
         decode_wrapper(backend="trtllm-gen")
-    with pytest.raises(UnsupportedError, match="jit_args is not supported"):
+    with pytest.raises(UnsupportedError, match="jit_args must be"):
         decode_wrapper(jit_args=["uri"])
     with pytest.raises(UnsupportedError, match="device must be cpu or cuda; got meta"):
         fi.BatchDecodeWithPagedKVCacheWrapper(torch.empty(16, device="meta"))

@@ -32,6 +32,7 @@ def test_nothing_set_gives_every_default() -> None:
         (env.EXTRA_CFLAGS, "-DA='x y' -O2", ("-DA=x y", "-O2")),
         (env.CPU_ISA, "AVX2", "avx2"),
         (env.LOGLEVEL, "5", 5),
+        (env.LOGLEVEL, "10", 5),
         (env.CXX, "ccache g++", ("ccache", "g++")),
     ],
 )

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fi_backend"
 
 LEAVES = {"errors", "env"}
-DATA = {"spec", "batch", "workspace", "checks", "torch_ops"}
+DATA = {"spec", "batch", "workspace", "checks", "torch_ops", "variants"}
 CORE = {"planning", "attention", "attention_op"}
-TOP = {"cli", "warmup", "__init__"}
+TOP = {"cli", "prebuilt", "warmup", "__init__"}
 
 
 def layer_of(module: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.metadata
 import io
 import os
 import platform
@@ -15,6 +14,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fi_backend import __version__
 from fi_backend.jit import builder, paths, store
 from fi_backend.jit.kernel_spec import KernelSpec
 from fi_backend.jit.progress import ProgressCallback
@@ -93,7 +93,7 @@ def build_wheel(
         Path of the ``.whl`` in ``out_dir``.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    version = importlib.metadata.version("fi-backend")
+    version = __version__
     tag = f"py3-none-{'linux' if os.name == 'posix' else os.name}_{platform.machine()}"
     info = f"{store.AOT_PACKAGE}-{version}.dist-info"
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=out_dir) as scratch:

@@ -1,4 +1,4 @@
-"""Run both lines of a plan: the few-row kernel, then the many-row kernel."""
+"""Run both lines of a plan: the few-row kernel, then the many-row kernel, or one for both."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from fi_backend import jit
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels import attention_cuda, attention_line
+from fi_backend.kernels import attention_cuda, attention_line, attention_variant, mixed
 from fi_backend.kernels.decode import decode_spec
 from fi_backend.kernels.prefill import prefill_spec
 
 __all__ = ["attention_specs", "call_count", "load", "partial_floats"]
 
-# Every run on CUDA launches the few-row kernel, so that its module counts them all.
+# Every run on CUDA launches the few-row kernel or the one for both lines: their modules count.
 _cuda_call_counts: dict[str, Callable[[], int]] = {}
 
 
@@ -27,35 +27,41 @@ def attention_specs(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
-) -> tuple[KernelSpec, KernelSpec]:
-    """Describe both kernels for one set of types and head sizes, few rows first."""
+    variant: attention_variant.Variant = None,
+) -> tuple[KernelSpec, ...]:
+    """Describe the kernels for one set of types and head sizes.
+
+    Few rows come first, then many, then the kernel for both if there is one.
+    """
     types: dict[str, Any] = {
         "q_dtype": q_dtype,
         "kv_dtype": kv_dtype,
         "o_dtype": o_dtype,
         "head_dim_qk": head_dim_qk,
         "head_dim_vo": head_dim_vo,
+        "variant": variant,
     }
     if device_type == "cuda":
-        return attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
+        lines = attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
+        return (*lines, mixed.mixed_spec(**types)) if mixed.is_served(**types) else lines
     return decode_spec(**types), prefill_spec(**types)
 
 
 def load(
     *, device_type: str = "cpu", **types: Any
 ) -> attention_line.LineKernels | attention_cuda.CudaLineKernels:
-    """Load both kernels, compiling them in parallel where no cache has them.
+    """Load the kernels, compiling them in parallel where no cache has them.
 
     Args:
         device_type: "cpu" or "cuda".
-        types: q_dtype, kv_dtype, o_dtype, head_dim_qk and head_dim_vo; the modules of each target
-            say which values it takes.
+        types: q_dtype, kv_dtype, o_dtype, head_dim_qk, head_dim_vo and, if it is not the built-in
+            attention, variant; the modules of each target say which values it takes.
     """
     specs = attention_specs(device_type=device_type, **types)
     if device_type == "cuda":
-        kernels = attention_cuda.load_lines(specs)
-        few_rows = specs[0]
-        _cuda_call_counts[few_rows.name] = jit.load(few_rows).get_function("call_count")
+        kernels = attention_cuda.load_lines(specs[:2], specs[2:])
+        for spec in (specs[0], *specs[2:]):
+            _cuda_call_counts[spec.name] = jit.load(spec).get_function("call_count")
         return kernels
     return attention_line.load_lines(specs)
 
@@ -81,7 +87,8 @@ def partial_floats(
     """
     if device_type == "cuda":
         specs = attention_specs(device_type=device_type, **types)
-        return attention_cuda.load_lines(specs).partial_floats(num_workers=num_workers, split=split)
+        kernels = attention_cuda.load_lines(specs[:2], specs[2:])
+        return kernels.partial_floats(num_workers=num_workers, split=split)
     return attention_line.partial_floats(
         num_workers=num_workers,
         head_dim_qk=types["head_dim_qk"],

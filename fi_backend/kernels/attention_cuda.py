@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fi_backend.jit import KernelSpec, build, load
+from fi_backend.kernels import attention_variant
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
 __all__ = ["CudaLineKernels", "decode_spec", "line_spec", "load_lines", "prefill_spec"]
@@ -23,6 +24,7 @@ def line_spec(
     head_dim_qk: int,
     head_dim_vo: int,
     more_templates: tuple[str, ...] = (),
+    variant: attention_variant.Variant = None,
 ) -> KernelSpec:
     """Describe the CUDA module `name`, such as "decode", for one set of types and head sizes."""
     dtypes = {"q": q_dtype, "kv": kv_dtype, "out": o_dtype}
@@ -32,10 +34,12 @@ def line_spec(
         for side, target in (("device", "cuda"), ("host", "cpu"))
     }
     sizes = {"head_dim_qk": head_dim_qk, "head_dim_vo": head_dim_vo}
-    parameters: dict[str, str | int] = {**types, **sizes}
+    code = attention_variant.parameters(variant)
+    parameters: dict[str, str | int] = {**types, **sizes, **code}
     names = "_".join(short_name(dtype) for dtype in dtypes.values())
     return KernelSpec(
-        name=f"{name}_cuda_{names}_d{head_dim_qk}x{head_dim_vo}",
+        name=f"{name}_cuda_{names}_d{head_dim_qk}x{head_dim_vo}"
+        + attention_variant.name_suffix(variant),
         target="cuda",
         templates=(f"{name}_cuda.cu.j2", f"{name}_cuda_binding.cc.j2", *more_templates),
         parameters=tuple(sorted(parameters.items())),
@@ -49,6 +53,7 @@ def decode_spec(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    variant: attention_variant.Variant = None,
 ) -> KernelSpec:
     """Describe the few-row kernel.
 
@@ -58,6 +63,7 @@ def decode_spec(
         o_dtype: float32, float16 or bfloat16.
         head_dim_qk: size of a query or key row, a multiple of 32 up to 256.
         head_dim_vo: size of a value or output row, a multiple of 32 up to 256.
+        variant: the C++ type of a custom variant, and its definition.
     """
     return line_spec(
         "decode",
@@ -67,6 +73,7 @@ def decode_spec(
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo,
         more_templates=("decode_cuda_all_blocks.cu.j2",),
+        variant=variant,
     )
 
 
@@ -77,6 +84,7 @@ def prefill_spec(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    variant: attention_variant.Variant = None,
 ) -> KernelSpec:
     """Describe the many-row kernel.
 
@@ -86,6 +94,7 @@ def prefill_spec(
         o_dtype: float32, float16 or bfloat16.
         head_dim_qk: size of a query or key row, a multiple of 32 up to 256.
         head_dim_vo: size of a value or output row, a multiple of 32 up to 256.
+        variant: the C++ type of a custom variant, and its definition.
     """
     return line_spec(
         "prefill",
@@ -94,16 +103,32 @@ def prefill_spec(
         o_dtype=o_dtype,
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo,
+        variant=variant,
     )
 
 
-class CudaLineKernels:
-    """Loaded attention modules whose kernels are launched one after the other; see `run`."""
+# Rows of q per head up to which the few-row kernel has more than one thread block an SM:
+# plan/work_line.h.
+_SMALL_ITEM_ROWS = 8
 
-    def __init__(self, specs: Sequence[KernelSpec]) -> None:
-        build(specs)
+
+class CudaLineKernels:
+    """Loaded attention modules; see `run`.
+
+    Args:
+        specs: modules whose kernels are launched one after the other.
+        mixed: nothing, or the module whose kernel replaces all of them in steps that may have many
+            query rows, on devices that it has code for.
+    """
+
+    def __init__(self, specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> None:
+        build([*specs, *mixed])
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
+        found = [load(spec) for spec in mixed]
+        found = [module for module in found if module.get_function("is_available")()]
+        self._mixed_runs: list[Callable[..., None]] = [m.get_function("run") for m in found]
+        modules += found
         self._partial_floats: list[Callable[[int], int]] = [
             m.get_function("partial_floats") for m in modules
         ]
@@ -151,10 +176,11 @@ class CudaLineKernels:
         rope_theta: float = 0.0,
         num_workers: int,
         enable_pdl: bool = True,
+        members: tuple[torch.Tensor | float, ...] = (),
     ) -> None:
         """Attend for every request of these kernels' lines of the plan, on the current stream.
 
-        All arguments but the last are those of :meth:`LineKernels.run`, with these differences:
+        All arguments but enable_pdl are those of :meth:`LineKernels.run`, with these differences:
         tensors are on one CUDA device; rows of q, k_cache and v_cache begin at multiples of 16
         bytes and rows of out at multiples of 4 elements; window_left and causal are those of the
         plan, which nobody can check here.
@@ -187,6 +213,7 @@ class CudaLineKernels:
             rope_theta: as there; must be 0 for kernels of the few-row line.
             num_workers: as planned.
             enable_pdl: launch as programmatic dependents of the kernel before.
+            members: as there.
 
         Raises:
             TypeError, ValueError: an argument has a wrong dtype, shape, alignment or device.
@@ -194,7 +221,12 @@ class CudaLineKernels:
         """
         k_scales, k_value = (k_scale, 1.0) if isinstance(k_scale, torch.Tensor) else (None, k_scale)
         v_scales, v_value = (v_scale, 1.0) if isinstance(v_scale, torch.Tensor) else (None, v_scale)
-        for run in self._runs:
+        runs = self._runs
+        if self._mixed_runs:
+            group_size = q.shape[1] // k_cache.shape[2]
+            if q.shape[0] > kv_lens.shape[0] * (_SMALL_ITEM_ROWS // group_size):
+                runs = self._mixed_runs
+        for run in runs:
             run(
                 q,
                 k_cache,
@@ -225,13 +257,17 @@ class CudaLineKernels:
                 rope_theta,
                 num_workers,
                 enable_pdl,
+                *members,
             )
 
 
-def load_lines(specs: Sequence[KernelSpec]) -> CudaLineKernels:
-    """Load the modules of `specs`, once per process; compile missing ones in parallel."""
-    key = tuple(spec.name for spec in specs)
+def load_lines(specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> CudaLineKernels:
+    """Load modules, once per process; compile missing ones in parallel.
+
+    Arguments are those of CudaLineKernels.
+    """
+    key = tuple(spec.name for spec in (*specs, *mixed))
     kernels = _kernels.get(key)
     if kernels is None:
-        kernels = _kernels[key] = CudaLineKernels(specs)
+        kernels = _kernels[key] = CudaLineKernels(specs, mixed)
     return kernels

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fi_backend.jit import KernelSpec, build, load
-from fi_backend.kernels import host_plan
+from fi_backend.kernels import attention_variant, host_plan
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
 __all__ = ["LineKernels", "call_count", "line_spec", "load_lines", "partial_floats"]
@@ -24,20 +24,24 @@ def line_spec(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    variant: attention_variant.Variant = None,
 ) -> KernelSpec:
     """Describe the module `name` ("decode" or "prefill") for one set of types and head sizes."""
     types = "_".join(short_name(dtype) for dtype in (q_dtype, kv_dtype, o_dtype))
+    suffix = attention_variant.name_suffix(variant)
+    parameters: dict[str, str | int] = {
+        "q_type": cpp_type(q_dtype, "cpu"),
+        "kv_type": cpp_type(kv_dtype, "cpu"),
+        "out_type": cpp_type(o_dtype, "cpu"),
+        "head_dim_qk": head_dim_qk,
+        "head_dim_vo": head_dim_vo,
+        **attention_variant.parameters(variant),
+    }
     return KernelSpec(
-        name=f"{name}_cpu_{types}_d{head_dim_qk}x{head_dim_vo}",
+        name=f"{name}_cpu_{types}_d{head_dim_qk}x{head_dim_vo}{suffix}",
         target="cpu",
         templates=(f"{name}_cpu.cc.j2",),
-        parameters=(
-            ("head_dim_qk", head_dim_qk),
-            ("head_dim_vo", head_dim_vo),
-            ("kv_type", cpp_type(kv_dtype, "cpu")),
-            ("out_type", cpp_type(o_dtype, "cpu")),
-            ("q_type", cpp_type(q_dtype, "cpu")),
-        ),
+        parameters=tuple(sorted(parameters.items())),
     )
 
 
@@ -102,6 +106,7 @@ class LineKernels:
         rope_scale: float = 1.0,
         rope_theta: float = 0.0,
         num_workers: int,
+        members: tuple[torch.Tensor | float, ...] = (),
     ) -> None:
         """Attend for every request of these kernels' lines of the plan.
 
@@ -134,6 +139,7 @@ class LineKernels:
             rope_scale: divides positions, where rope_theta is set.
             rope_theta: base of the rotary embedding of q and K inside the kernel; 0 is off.
             num_workers: as planned.
+            members: tensors and scalars of the variant that the kernels were compiled for.
 
         Raises:
             TypeError, ValueError: an argument has a wrong dtype, shape or device, or differs from
@@ -170,6 +176,7 @@ class LineKernels:
             rope_scale,
             rope_theta,
             num_workers,
+            *members,
         )
         # Each module tells whether the other line has work: most steps need one call.
         for run in self._runs:

@@ -11,9 +11,17 @@ from fi_backend.jit import KernelSpec
 from fi_backend.kernels.dtypes import cpp_type, short_name
 from fi_backend.kernels.functions import Functions, check_float, cuda_spec
 
-__all__ = ["layernorm", "layernorm_cuda_spec", "norm_spec", "rmsnorm", "rmsnorm_cuda_spec"]
+__all__ = [
+    "QUANTIZED",
+    "layernorm",
+    "layernorm_cuda_spec",
+    "norm_spec",
+    "rmsnorm",
+    "rmsnorm_cuda_spec",
+]
 
-_QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+# Dtypes of outputs that are scaled and saturated.
+QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 def norm_spec(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> KernelSpec:
@@ -49,8 +57,8 @@ def _checked(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
     check_float("norm", dtype)
     if out_dtype is None:
         return dtype
-    if out_dtype not in _QUANTIZED:
-        allowed = ", ".join(map(str, _QUANTIZED))
+    if out_dtype not in QUANTIZED:
+        allowed = ", ".join(map(str, QUANTIZED))
         raise TypeError(f"norm: dtype of a quantised out must be one of {allowed}; got {out_dtype}")
     return out_dtype
 

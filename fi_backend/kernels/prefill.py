@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fi_backend.jit import KernelSpec
+from fi_backend.kernels import attention_variant
 from fi_backend.kernels.attention_line import LineKernels, line_spec, load_lines, partial_floats
 
 __all__ = ["load", "partial_floats", "prefill_spec"]
@@ -17,6 +18,7 @@ def prefill_spec(
     o_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    variant: attention_variant.Variant = None,
 ) -> KernelSpec:
     """Describe the many-row kernel for one set of types and head sizes."""
     return line_spec(
@@ -26,6 +28,7 @@ def prefill_spec(
         o_dtype=o_dtype,
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo,
+        variant=variant,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,18 @@ from cuda_modules import (
     decode_spec,
     layernorm_spec,
     merge_spec,
+    mixed_spec,
     plan_spec,
     prefill_spec,
     rmsnorm_spec,
     rope_append_spec,
     rope_spec,
 )
+from variant_examples import EXAMPLES
 
 from fi_backend import jit
 from fi_backend.jit import paths, render, toolchain
+from fi_backend.kernels import attention_cuda
 
 pytestmark = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc; there is none")
 
@@ -45,6 +49,7 @@ BUILDERS = {
     "decode_fp8": (decode_spec, (BF16, E4M3)),
     "prefill": (prefill_spec, (BF16, BF16)),
     "prefill_fp8": (prefill_spec, (BF16, E4M3)),
+    "mixed": (mixed_spec, (BF16, BF16)),
 }
 # One PTX for all portable targets, as it is shipped; sm_120 has 99 KB of shared memory a block.
 GENCODE = [
@@ -54,19 +59,20 @@ GENCODE = [
 MAX_SHARED_BYTES = 99 * 1024
 
 
-def nvcc_device_units(kernel: str, directory: Path, *options: str) -> list[tuple[Path, str]]:
+def nvcc_device_units(
+    spec: jit.KernelSpec, directory: Path, *options: str
+) -> list[tuple[Path, str]]:
     """Compile a module's ``.cu`` files as the JIT renders them.
 
     Returns:
         For each its output and what nvcc printed.
     """
-    builder, dtypes = BUILDERS[kernel]
     nvcc = toolchain.find_nvcc()
     assert nvcc is not None
     include = [f"-I{paths.CSRC}", f"-I{paths.CSRC / 'include'}"]
     command = [nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", *include, *options]
     outputs = []
-    for unit, text in render.render(builder(dtypes)).items():
+    for unit, text in render.render(spec).items():
         if not unit.endswith(".cu"):
             continue
         source, output = directory / unit, directory / f"{unit}.out"
@@ -80,7 +86,28 @@ def nvcc_device_units(kernel: str, directory: Path, *options: str) -> list[tuple
 
 @pytest.mark.parametrize("kernel", BUILDERS)
 def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
-    units = nvcc_device_units(kernel, tmp_path, "-Xptxas=-v", *GENCODE, "-c")
+    builder, dtypes = BUILDERS[kernel]
+    assert_no_architecture_spills(builder(dtypes), tmp_path)
+
+
+@pytest.mark.parametrize("builder", [attention_cuda.decode_spec, attention_cuda.prefill_spec])
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_no_variant_spills(
+    builder: Callable[..., jit.KernelSpec], example: str, tmp_path: Path
+) -> None:
+    types = {"q_dtype": BF16, "kv_dtype": BF16, "o_dtype": BF16}
+    variant = EXAMPLES[example].variant
+    assert variant is not None
+    spec = builder(**types, head_dim_qk=128, head_dim_vo=128, variant=variant.code)
+    # Two special functions a weight: the assembler keeps two counters of the sm_90a kernel, which
+    # are read once a tile, in memory.
+    assert_no_architecture_spills(spec, tmp_path, 0 if variant.use_softmax else 16)
+
+
+def assert_no_architecture_spills(
+    spec: jit.KernelSpec, directory: Path, allowed_bytes: int = 0
+) -> None:
+    units = nvcc_device_units(spec, directory, "-Xptxas=-v", *GENCODE, "-c")
     marker = "Compiling entry function '"
     entries = [entry for _, report in units for entry in report.split(marker)[1:]]
     seen = set()
@@ -89,7 +116,7 @@ def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
         assert frame is not None
-        assert frame.groups() == ("0", "0"), f"{name} for {arch}: {frame[0]}"
+        assert max(map(int, frame.groups())) <= allowed_bytes, f"{name} for {arch}: {frame[0]}"
         assert int(shared[1] if shared else 0) <= MAX_SHARED_BYTES
         seen.add(arch)
     assert seen == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"}
@@ -98,7 +125,8 @@ def test_no_architecture_spills(kernel: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", BUILDERS)
 def test_dependent_launch_waits_before_it_touches_memory(kernel: str, tmp_path: Path) -> None:
     """Checked on the instructions: a run on a GPU hardly ever loses this race."""
-    for ptx, _ in nvcc_device_units(kernel, tmp_path, "-arch=compute_90a", "-ptx"):
+    builder, dtypes = BUILDERS[kernel]
+    for ptx, _ in nvcc_device_units(builder(dtypes), tmp_path, "-arch=compute_90a", "-ptx"):
         entries = re.split(r"^\.(?:visible|weak) \.entry ", ptx.read_text(), flags=re.MULTILINE)[1:]
         assert entries
         for entry in entries:
@@ -126,6 +154,8 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", arch)
     tag = "_for_" + arch.replace(".", "")
     specs = {name: builder(dtypes, tag) for name, (builder, dtypes) in BUILDERS.items()}
+    if arch == "8.0":
+        del specs["mixed"]  # for sm_90 alone
     jit.build(specs.values())
 
     x = torch.zeros(2, 4, 8, dtype=BF16)

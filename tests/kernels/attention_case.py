@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fi_backend.kernels import attention, decode, host_plan, prefill
+from tests.kernels.plan_step import HAS_WORK
 from tests.paged_kv import PagedKv, paged_kv
 from tests.reference import Mask, torch_attention
 from tests.reference import attention as reference_attention
@@ -230,7 +231,7 @@ def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     )
     arguments["partials"] = torch.full((floats,), math.nan)
     # Load only the kernels that the plan has work for: a test compiles no more than it runs.
-    lines = arguments["plan_buffer"][14:16].tolist()
+    lines = arguments["plan_buffer"][HAS_WORK : HAS_WORK + 2].tolist()
     for has_work, kernel in zip(lines, (decode, prefill), strict=True):
         if has_work:
             kernel.load(**case.types).run(**arguments)

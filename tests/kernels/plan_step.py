@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
 
+# The plan begins with a header of so many ints (plan/work_line.h), with these places in it.
+HEADER = 20
+HAS_WORK = 16  # of each line
+FEW_ROW_BLOCKS = 18
+
 
 @dataclass(frozen=True)
 class Step:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from fi_backend.kernels import device_plan as planner
 from tests.kernels.attention_cuda_case import planner_target
-from tests.kernels.plan_step import Step, steps, without_rows
+from tests.kernels.plan_step import HEADER, Step, steps, without_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -114,7 +114,7 @@ def test_garbage_terminates(plan: Plan) -> None:
         }
         step = make_step([0] * 300, [0] * 300)
         buffer = plan(step, lengths).cpu()
-        requests = buffer[16 + 4 * 301 :][: 8 * 133].view(-1, 4)[:, 0]
+        requests = buffer[HEADER + 4 * 301 :][: 8 * 133].view(-1, 4)[:, 0]
         assert requests.min() >= 0
         assert requests.max() <= 300
 

@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_floats
-from tests.kernels.plan_step import Step, steps, without_rows
+from tests.kernels.plan_step import HAS_WORK, HEADER, Step, steps, without_rows
 
 # Of kernels for heads up to 128 wide: attention/workspace.h and attention/few_rows_shape.h.
 FEW_ROWS_LIMIT = {"cpu": 16, "cuda": 32, "sm_90": 32}
 TILE_ROWS = {"cpu": 256, "cuda": 256, "sm_90": 128}
 ITEM_OVERHEAD = {"cpu": 4, "cuda": 16, "sm_90": 16}
-HEADER = 16
 MAX_CHUNKS = 16
 CUT, WHOLE = 1, 2  # what the header says of a line: plan/whole_items.h
 
@@ -56,7 +55,7 @@ def starts(step: Step, buffer: torch.Tensor, line: int) -> list[tuple[int, int, 
 
 def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple, int, int]]]:
     """List each worker's (item, begin, end) by cutting the line where the plan says."""
-    if buffer[14 + line] == WHOLE:
+    if buffer[HAS_WORK + line] == WHOLE:
         return [[(item, 0, tokens)] for item, tokens in items(step, line)]
     edges = starts(step, buffer, line)
     assert edges == sorted(edges), "workers are out of order"
@@ -78,7 +77,7 @@ def test_every_item_is_covered_exactly_once(step: Step) -> None:
     buffer = step.plan()
     for line in (0, 1):
         listed = items(step, line)
-        assert bool(buffer[14 + line]) == bool(listed)
+        assert bool(buffer[HAS_WORK + line]) == bool(listed)
         covered: dict[tuple, list[tuple[int, int]]] = {item: [] for item, _ in listed}
         for owned in pieces(step, buffer, line):
             for item, begin, end in owned:
@@ -140,7 +139,7 @@ def test_work_is_balanced(step: Step) -> None:
         return
     buffer = step.plan()
     for line in (0, 1):
-        if buffer[14 + line] == WHOLE:
+        if buffer[HAS_WORK + line] == WHOLE:
             continue
         owned = pieces(step, buffer, line)
         costs = [sum(cost(step, line, *piece) for piece in of_worker) for of_worker in owned]
@@ -223,9 +222,9 @@ def test_equal_items_that_fill_the_blocks_are_not_cut() -> None:
 def test_whole_items_are_counted(step: Step) -> None:
     """What is dealt whole is no worker's; blocks find it by the tiles of the requests before."""
     buffer = step.plan()
-    assert buffer[14] != WHOLE
-    if buffer[15] != WHOLE:
-        assert step.split == 0 or buffer[15] == 0
+    assert buffer[HAS_WORK] != WHOLE
+    if buffer[HAS_WORK + 1] != WHOLE:
+        assert step.split == 0 or buffer[HAS_WORK + 1] == 0
         return
     assert starts(step, buffer, 1) == [(len(step.qo_lens), 0, 0, 0)] * (step.num_workers + 1)
     requests = len(step.qo_lens)
@@ -255,7 +254,7 @@ def test_long_items_are_cut_where_that_saves_more_than_a_merge(
     qo_lens, kv_lens = zip(*requests, strict=True)
     step = Step(qo_lens, kv_lens, 4, heads, True, -1, 396, 0, True, "sm_90")
     buffer = step.plan()
-    assert buffer[15] == (WHOLE if is_whole else CUT)
+    assert buffer[HAS_WORK + 1] == (WHOLE if is_whole else CUT)
     if not is_whole:
         assert sum(map(bool, pieces(step, buffer, 1))) == 132
 

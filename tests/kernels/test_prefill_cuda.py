@@ -108,6 +108,22 @@ def test_page_tables(load: Load, page_size: int, layout: str, table: str) -> Non
     check(load, replace(STEP, page_size=page_size, layout=layout, table=table))
 
 
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize("page_size", [8, 16, 48, 64, 128])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+def test_pages_of_wide_heads(
+    load: Load, dims: tuple[int, int], page_size: int, layout: str
+) -> None:
+    """Their boxes have all columns of a token's row."""
+    case = replace(STEP, head_dim_qk=dims[0], head_dim_vo=dims[1])
+    check(load, replace(case, page_size=page_size, layout=layout))
+
+
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
+def test_ragged_wide_heads(load: Load, dims: tuple[int, int]) -> None:
+    check(load, replace(STEP, head_dim_qk=dims[0], head_dim_vo=dims[1], table="ragged"))
+
+
 def test_ragged(load: Load) -> None:
     check(load, replace(STEP, table="ragged"))
 

@@ -18,11 +18,12 @@ struct TileLimits {
   int32_t item_overhead;
   int32_t blocks_per_sm;
   int32_t section_tokens;
+  int32_t shares_sms;
 };
 
 // Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
 inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
-  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0, 0};
+  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0, 0, 0};
 }
 
 // Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy. Where memory is
@@ -41,7 +42,8 @@ inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool all
           64,
           16,
           qk <= 128 && vo <= 128 ? 3 : 2,
-          kSectionBytes / (2 * (qk + vo))};
+          kSectionBytes / (2 * (qk + vo)),
+          is_sm90 && has_mixed_rows_dims(qk, vo)};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
@@ -96,6 +98,7 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.item_overhead = limits.item_overhead;
   geometry.blocks_per_sm = limits.blocks_per_sm;
   geometry.section_tokens = limits.section_tokens;
+  geometry.shares_sms = limits.shares_sms;
   return geometry;
 }
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 
-from fi_backend import AttentionSpec, supports
+from fi_backend import AttentionSpec, is_compute_capability_supported, supports
 from fi_backend.integrations.vllm.builder import FIMetadataBuilder
 from fi_backend.integrations.vllm.impl import FIAttentionImpl
 from fi_backend.integrations.vllm.kv_cache import cache_dtype
@@ -22,7 +22,6 @@ _ATTENTION_TYPES = (
     AttentionType.ENCODER_ONLY,
     AttentionType.ENCODER_DECODER,
 )
-_OLDEST_GPU_MAJOR = 8
 
 
 class FIAttentionBackend(AttentionBackend):
@@ -62,7 +61,9 @@ class FIAttentionBackend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """Whether a GPU of this compute capability does; None stands for a CPU."""
-        return capability is None or capability.major >= _OLDEST_GPU_MAJOR
+        return capability is None or is_compute_capability_supported(
+            "BatchPrefillWithPagedKVCacheWrapper", 10 * capability.major + capability.minor
+        )
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -1,7 +1,7 @@
 // Binding of the attention kernels: validate, params, run one line of a plan.
 #pragma once
 
-#include <bindings/attention_checks.h>
+#include <bindings/attention_variant.h>
 #include <bindings/run_count.h>
 #include <fi_backend/attention/cpu/run_line.h>
 
@@ -16,26 +16,30 @@ inline void check_plan_field(const char* name, int64_t planned, int64_t wanted) 
 
 // Run this line of the plan; return whether the other line has work too.
 // q [num_rows, num_qo_heads, qk], k_cache [num_pages, page_size, num_kv_heads, qk], v_cache
-// [.., vo], out [num_rows, num_qo_heads, vo], lse f32 [num_rows, num_qo_heads].
-template <class Traits>
-bool run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
-                   Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
-                   TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
-                   Optional<TensorView> page_indices, Optional<TensorView> block_table,
-                   Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
-                   Optional<TensorView> sinks, Optional<TensorView> custom_mask,
-                   Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
-                   Optional<TensorView> v_scales, double k_scale, double v_scale, double sm_scale,
-                   double soft_cap, int64_t window_left, bool causal, double rope_scale,
-                   double rope_theta, int64_t num_workers) {
+// [.., vo], out [num_rows, num_qo_heads, vo], lse f32 [num_rows, num_qo_heads]. Members of a custom
+// variant come last.
+template <class Traits, class... Members>
+bool run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
+                      Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
+                      TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
+                      Optional<TensorView> page_indices, Optional<TensorView> block_table,
+                      Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
+                      Optional<TensorView> sinks, Optional<TensorView> custom_mask,
+                      Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
+                      Optional<TensorView> v_scales, double k_scale, double v_scale,
+                      double sm_scale, double soft_cap, int64_t window_left, bool causal,
+                      double rope_scale, double rope_theta, int64_t num_workers,
+                      typename Member<Members>::Argument... members) {
   constexpr int kQk = Traits::kHeadDimQk;
   constexpr int kVo = Traits::kHeadDimVo;
-  AttentionParams params = checked_params<Traits>(
-      {q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
-       qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
-       sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
-       sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers},
-      kCpu);
+  const AttentionArguments arguments = {
+      q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
+      qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
+      sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
+      sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers};
+  AttentionParams params = checked_params<Traits>(arguments, kCpu);
+  check_variant_options<typename Traits::Variant>(arguments);
+  set_variant<typename Traits::Variant, Members...>(params, kCpu, members...);
   const int64_t num_reqs = kv_lens.size(0);
   if (partials.size(0) < cpu::arena_floats(num_workers, kQk, kVo)) {
     TVM_FFI_THROW(ValueError) << "partials: must have at least "
@@ -68,5 +72,14 @@ bool run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
   }
   return plan.has_work[kNumLines - 1 - Traits::kLine] != 0;
 }
+
+template <class Traits, class... Members>
+constexpr auto run_for(variants::MemberList<Members...>) {
+  return run_with_members<Traits, Members...>;
+}
+
+// With the arguments that the variant's members take.
+template <class Traits>
+inline constexpr auto run_attention = run_for<Traits>(typename Traits::Variant::Members());
 
 }  // namespace fi::bindings

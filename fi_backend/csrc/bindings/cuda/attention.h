@@ -1,7 +1,7 @@
 // Binding of the attention kernels: validate, device and stream, params, launch one line of a plan.
 #pragma once
 
-#include <bindings/attention_checks.h>
+#include <bindings/attention_variant.h>
 #include <bindings/cuda/launch.h>
 
 namespace fi::bindings {
@@ -35,29 +35,32 @@ struct AttentionLaunch {
   bool enable_pdl;
 };
 
-// Traits: Q, Kv, Out, kHeadDimQk and kHeadDimVo; kName; kHasRope; partial_floats(num_workers); and
-// launch(params, AttentionLaunch, stream). Arguments as on the CPU, where each is described; the
-// plan lies on the device, so that only its size can be checked, and causal and window_left are
-// those it was made with.
-template <class Traits>
-void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
-                   Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
-                   TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
-                   Optional<TensorView> page_indices, Optional<TensorView> block_table,
-                   Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
-                   Optional<TensorView> sinks, Optional<TensorView> custom_mask,
-                   Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
-                   Optional<TensorView> v_scales, double k_scale, double v_scale, double sm_scale,
-                   double soft_cap, int64_t /*window_left*/, bool /*causal*/, double rope_scale,
-                   double rope_theta, int64_t num_workers, bool enable_pdl) {
+// Traits: Q, Kv, Out, Variant, kHeadDimQk and kHeadDimVo; kName; kHasRope;
+// partial_floats(num_workers); and launch(params, AttentionLaunch, stream). Arguments as on the
+// CPU, where each is described; the plan lies on the device, so that only its size can be checked,
+// and causal and window_left are those it was made with.
+template <class Traits, class... Members>
+void run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, TensorView out,
+                      Optional<TensorView> lse, TensorView plan_buffer, TensorView partials,
+                      TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
+                      Optional<TensorView> page_indices, Optional<TensorView> block_table,
+                      Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
+                      Optional<TensorView> sinks, Optional<TensorView> custom_mask,
+                      Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
+                      Optional<TensorView> v_scales, double k_scale, double v_scale,
+                      double sm_scale, double soft_cap, int64_t /*window_left*/, bool /*causal*/,
+                      double rope_scale, double rope_theta, int64_t num_workers, bool enable_pdl,
+                      typename Member<Members>::Argument... members) {
   check_cuda("q", q);
   const DLDevice device = q.device();
-  const AttentionParams params = checked_params<Traits>(
-      {q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
-       qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
-       sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
-       sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers},
-      device);
+  const AttentionArguments arguments = {
+      q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
+      qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
+      sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
+      sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers};
+  AttentionParams params = checked_params<Traits>(arguments, device);
+  check_variant_options<typename Traits::Variant>(arguments);
+  set_variant<typename Traits::Variant, Members...>(params, device, members...);
   check_row_alignment("q", q, kRowAlignment);
   check_row_alignment("k_cache", k_cache, kRowAlignment);
   check_row_alignment("v_cache", v_cache, kRowAlignment);
@@ -83,5 +86,14 @@ void run_attention(TensorView q, TensorView k_cache, TensorView v_cache, TensorV
                                   enable_pdl};
   check_launch(Traits::kName, Traits::launch(params, launch, current_stream(device)));
 }
+
+template <class Traits, class... Members>
+constexpr auto run_for(variants::MemberList<Members...>) {
+  return run_with_members<Traits, Members...>;
+}
+
+// With the arguments that the variant's members take.
+template <class Traits>
+inline constexpr auto run_attention = run_for<Traits>(typename Traits::Variant::Members());
 
 }  // namespace fi::bindings

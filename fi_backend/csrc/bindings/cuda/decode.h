@@ -8,11 +8,12 @@
 
 namespace fi::bindings {
 
-template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_>
+template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_, class Variant_>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;
   using Out = Out_;
+  using Variant = Variant_;
   static constexpr int kHeadDimQk = kHeadDimQk_;
   static constexpr int kHeadDimVo = kHeadDimVo_;
   static constexpr const char* kName = "decode";

@@ -22,6 +22,7 @@ namespace fi {
 template <class Traits>
 class FewRowsCompute {
   using Shared = FewRowsShared<Traits>;
+  using Variant = typename Traits::Variant;
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
 
  public:
@@ -104,7 +105,8 @@ class FewRowsCompute {
     FewRowsSoftmax<Traits, kBlocks> softmax(
         ptx::shared_address(q) + first_row * Traits::QRows::kRowBytes, rows_ + first_row,
         make_logit_transform(p_.attention, unit.piece),
-        keys_all_see(p_.attention, shared_.geometry, kFewRows, unit.piece));
+        keys_all_see(p_.attention, shared_.geometry, kFewRows, unit.piece),
+        PieceVariant<Variant>(p_.attention, unit.piece));
     const int32_t end = unit.tokens.end;
     const bool has_rows = first_row < unit.num_rows;
 #pragma unroll 1
@@ -172,24 +174,31 @@ class FewRowsCompute {
 
   __device__ __forceinline__ void write_output(const WorkPiece& piece, const LogitRow& logit_row,
                                                int column, const RowPart& part) const {
-    const RowResult result = finish_row(p_.attention, piece, logit_row, part.max, part.sum);
-    const int32_t token = piece.qo_begin + logit_row.qo_idx;
+    const RowResult result =
+        finish_row<Variant>(p_.attention, piece, logit_row, part.max, part.sum);
+    const PieceVariant<Variant> variant(p_.attention, piece);
+    const variants::Row row = variant.row(logit_row.qo_idx, logit_row.head);
     const float4& x = part.values;
     const float f = result.factor;
-    write_values(token, logit_row.head, column, {x.x * f, x.y * f, x.z * f, x.w * f});
-    if (column == 0) write_lse(token, logit_row.head, result.lse);
+    write_values(variant, row, column, {x.x * f, x.y * f, x.z * f, x.w * f});
+    if (column == 0) write_lse(row, result.lse);
   }
-  __device__ __forceinline__ void write_values(int32_t token, int32_t head, int column,
+  __device__ __forceinline__ void write_values(const PieceVariant<Variant>& variant,
+                                               const variants::Row& row, int column,
                                                const float4& values) const {
     using Out = typename Traits::Out;
     const AttentionParams& a = p_.attention;
-    const float x[kValuesPerAccess] = {values.x, values.y, values.z, values.w};
-    Out* row = static_cast<Out*>(a.out) + token * a.out_row_stride + head * a.out_head_stride;
-    Vec<Out, kValuesPerAccess>::from_floats(x).store(row + column);
+    float x[kValuesPerAccess] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int i = 0; i < kValuesPerAccess; ++i) x[i] = variant.output(x[i], row, column + i);
+    Out* out =
+        static_cast<Out*>(a.out) + row.qo_row * a.out_row_stride + row.qo_head * a.out_head_stride;
+    Vec<Out, kValuesPerAccess>::from_floats(x).store(out + column);
   }
-  __device__ __forceinline__ void write_lse(int32_t token, int32_t head, float lse) const {
+  __device__ __forceinline__ void write_lse(const variants::Row& row, float lse) const {
     const AttentionParams& a = p_.attention;
-    if (a.lse != nullptr) a.lse[token * a.lse_row_stride + head * a.lse_head_stride] = lse;
+    if (a.lse == nullptr) return;
+    a.lse[row.qo_row * a.lse_row_stride + row.qo_head * a.lse_head_stride] = lse;
   }
 
   // The last worker to finish its piece of an item merges them all.
@@ -214,6 +223,7 @@ class FewRowsCompute {
   // Merge two rows of an item, the second of which may not exist.
   __device__ __forceinline__ void merge_rows(const FewRowsUnit& unit, int first, int second) const {
     const WorkPiece& piece = unit.piece;
+    const PieceVariant<Variant> variant(p_.attention, piece);
     PairMerge<Traits> merge(p_.attention.partials, unit.partials, first, second,
                             second < piece.num_rows);
     const int row = merge.row();
@@ -221,20 +231,19 @@ class FewRowsCompute {
         row >= unit.first_row
             ? rows_[row - unit.first_row]
             : make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row);
-    const int32_t token = piece.qo_begin + logit_row.qo_idx;
     merge.run(
         [&](float max, float sum) {
-          const RowResult result = finish_row(p_.attention, piece, logit_row, max, sum);
+          const RowResult result = finish_row<Variant>(p_.attention, piece, logit_row, max, sum);
           if (merge.lane() % PairMerge<Traits>::kHalf == 0) {
-            write_lse(token, logit_row.head, result.lse);
+            write_lse(variant.row(logit_row.qo_idx, logit_row.head), result.lse);
           }
           return result.factor;
         },
         [&](int half, int column, const float4& values) {
           const int lane = half * PairMerge<Traits>::kHalf;
-          const int32_t row_token = __shfl_sync(kFullWarp, token, lane);
-          const int32_t row_head = __shfl_sync(kFullWarp, logit_row.head, lane);
-          if (column < Traits::kVo) write_values(row_token, row_head, column, values);
+          const variants::Row at = variant.row(__shfl_sync(kFullWarp, logit_row.qo_idx, lane),
+                                               __shfl_sync(kFullWarp, logit_row.head, lane));
+          if (column < Traits::kVo) write_values(variant, at, column, values);
         });
   }
 
@@ -257,10 +266,11 @@ __device__ __forceinline__ void init_slots(SlotBarriers* slots, int count, int f
   }
 }
 
+// The work of thread block `block` of num_blocks, done by its first Traits::kThreads threads. If it
+// has more, they must pass one __syncthreads().
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
-    few_rows_kernel(const __grid_constant__ FewRowsParams p) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
+__device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* shared_memory,
+                                             int32_t block, int32_t num_blocks) {
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
   const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
@@ -277,8 +287,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     __syncthreads();  // the other warp begins with loads
     FewRowsCompute<Traits>(p, shared, rings).run();
   } else {
-    FewRowsCopies<Traits>(p, shared, rings).run();
+    FewRowsCopies<Traits>(p, shared, rings).run(block, num_blocks);
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
+    few_rows_kernel(const __grid_constant__ FewRowsParams p) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  run_few_rows<Traits>(p, shared_memory, blockIdx.x, gridDim.x);
 }
 
 }  // namespace fi

@@ -31,14 +31,15 @@ class FewRowsCopies {
   __device__ __forceinline__ FewRowsCopies(const FewRowsParams& p, Shared& shared, uint32_t rings)
       : p_(p), a_(p.attention), shared_(shared), rings_(rings) {}
 
-  __device__ __forceinline__ void run() {
+  // Thread block `block` of the num_blocks that share the workers.
+  __device__ __forceinline__ void run(int32_t block, int32_t num_blocks) {
     constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
     if (copies_keys() && lane() < kGeometryInts) {
       reinterpret_cast<int32_t*>(&shared_.geometry)[lane()] =
           reinterpret_cast<const int32_t*>(p_.geometry)[lane()];
     }
     const WorkGeometry g = *p_.geometry;
-    int32_t worker = blockIdx.x;
+    int32_t worker = block;
     WorkerRange range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     __syncthreads();  // behind the barriers' set-up, which need not be done before
     if (g.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
@@ -47,7 +48,7 @@ class FewRowsCopies {
       WorkUnits units(g, range, worker, Traits::kUnitRows, a_.qo_indptr, a_.kv_lens);
 #pragma unroll 1
       while (units.next()) copy_unit(g, units);
-      worker += gridDim.x;
+      worker += num_blocks;
       if (worker >= p_.num_workers) break;
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     }
@@ -252,7 +253,11 @@ class FewRowsCopies {
             at = Rows::skip_rows(to + Rows::offset(row_of(0), chunk_of(0)), i * kStep);
           }
           const uint64_t address = from[i] + chunk_of(copy) * kChunkBytes;
-          ptx::cp_async_16(at, reinterpret_cast<const void*>(address));
+          if constexpr (Traits::kEvictsFirst) {
+            ptx::cp_async_16_by(policy_, at, reinterpret_cast<const void*>(address));
+          } else {
+            ptx::cp_async_16(at, reinterpret_cast<const void*>(address));
+          }
         }
       }
       to += kBlock * Rows::kRowBytes;
@@ -269,6 +274,7 @@ class FewRowsCopies {
   RingPlace keys_ = {};
   RingPlace values_ = {};
   TokenPlaces places_ = {};
+  uint64_t policy_ = Traits::kEvictsFirst ? ptx::evict_first_policy() : 0;
 };
 
 }  // namespace fi

@@ -45,24 +45,30 @@ cudaError_t set_up_few_rows(FewRowsSetup& setup) {
 }
 
 template <class Traits>
+FewRowsParams make_few_rows_params(const AttentionParams& params, const FewRowsLaunch& l,
+                                   int num_stages) {
+  const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
+  PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
+  if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
+  return {params,
+          plan.geometry,
+          plan.starts[kFewRows],
+          plan.cuts[kFewRows],
+          plan.spans[kFewRows],
+          plan.finished[kFewRows],
+          partials,
+          make_fast_divider(params.pages.page_size),
+          l.num_workers,
+          num_stages};
+}
+
+template <class Traits>
 cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
                          cudaStream_t stream) {
   FewRowsSetup setup;
   const cudaError_t error = set_up_few_rows<Traits>(setup);
   if (error != cudaSuccess) return error;
-  const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
-  PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
-  if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
-  const FewRowsParams p = {params,
-                           plan.geometry,
-                           plan.starts[kFewRows],
-                           plan.cuts[kFewRows],
-                           plan.spans[kFewRows],
-                           plan.finished[kFewRows],
-                           partials,
-                           make_fast_divider(params.pages.page_size),
-                           l.num_workers,
-                           setup.shape.num_stages};
+  const FewRowsParams p = make_few_rows_params<Traits>(params, l, setup.shape.num_stages);
   const int64_t num_ctas = min64(l.num_workers, setup.resident_ctas);
   return launch(few_rows_kernel<Traits>, num_ctas, dim3(Traits::kThreads), setup.shape.shared_bytes,
                 stream, l.enable_pdl, p);
@@ -70,10 +76,11 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
 
 // The two instances of a module, for units of one block of rows and of all that an item may have.
 // They take as long to compile, so each has a file of its own.
-template <class Q, class Kv, class Out, int kQk, int kVo>
+template <class Q, class Kv, class Out, int kQk, int kVo, class Variant = NoVariant>
 struct FewRowsInstances {
-  using OneBlock = FewRowsTraits<Q, Kv, Out, kQk, kVo, 1>;
-  using AllBlocks = FewRowsTraits<Q, Kv, Out, kQk, kVo, cuda_few_rows_limit(kQk, kVo) / kRowBlock>;
+  static constexpr int kAllBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
+  using OneBlock = FewRowsTraits<Q, Kv, Out, kQk, kVo, 1, Variant>;
+  using AllBlocks = FewRowsTraits<Q, Kv, Out, kQk, kVo, kAllBlocks, Variant>;
 };
 
 // Lengths are on the device, so the number of rows that most requests have is guessed: the results

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fi_backend/attention/few_rows_products.cuh>
+#include <fi_backend/attention/variant.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
@@ -21,6 +22,7 @@ __device__ __forceinline__ int scratch_offset(int row, int column) {
 template <class Traits, int kBlocks>
 class FewRowsSoftmax {
   using Products = FewRowsProducts<Traits>;
+  using Variant = typename Traits::Variant;
   static constexpr int kVoBlocks = Products::kVoBlocks;
 
  public:
@@ -28,13 +30,18 @@ class FewRowsSoftmax {
   // too.
   __device__ __forceinline__ FewRowsSoftmax(uint32_t q, const LogitRow* rows,
                                             const LogitTransform& transform,
-                                            const KvRange& keys_all_see)
-      : queries_(q), rows_(rows), transform_(transform), keys_all_see_(keys_all_see) {
+                                            const KvRange& keys_all_see,
+                                            const PieceVariant<Variant>& variant)
+      : queries_(q),
+        rows_(rows),
+        transform_(transform),
+        keys_all_see_(keys_all_see),
+        variant_(variant) {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        max_[n][j] = minus_infinity();
+        max_[n][j] = first_maximum<Variant>();
         sum_[n][j] = 0.f;
         scale_[n][j] = row(n, j).scale;
       }
@@ -47,15 +54,17 @@ class FewRowsSoftmax {
                                          const NextValues& next_values) {
     float s[kBlocks][4] = {};
     Products::template scores<kBlocks>(queries_, keys, s);
-    make_logits(s, first, end);
-    raise_maximum(s);
+    make_scores(s, first, end);
+    if constexpr (Variant::kUsesSoftmax) raise_maximum(s);
     uint32_t p[kBlocks][2];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = ptx::exp2_approx(s[n][i] - base(max_[n][i % 2]));
-        sum_[n][i % 2] += s[n][i];
+        if constexpr (Variant::kUsesSoftmax) {
+          s[n][i] = ptx::exp2_approx(s[n][i] - base(max_[n][i % 2]));
+          sum_[n][i % 2] += s[n][i];
+        }
       }
       Products::pack_weights(s[n], p[n]);
     }
@@ -116,11 +125,36 @@ class FewRowsSoftmax {
     return rows_[n * Traits::kRowGroups * kRowBlock + Products::row_in_block(j)];
   }
 
-  __device__ __forceinline__ void make_logits(float (&s)[kBlocks][4], int32_t first,
+  __device__ __forceinline__ void make_scores(float (&s)[kBlocks][4], int32_t first,
                                               int32_t end) const {
     const int32_t tile_end = first + kTileTokens;
     const bool needs_mask =
         first < keys_all_see_.begin || tile_end > end || tile_end > keys_all_see_.end;
+    make_logits(s, first, end, needs_mask);
+    if constexpr (kHasScores<Variant>) {
+      needs_mask ? apply_variant<true>(s, first) : apply_variant<false>(s, first);
+    }
+  }
+
+  template <bool kIsMasked>
+  __device__ __forceinline__ void apply_variant(float (&s)[kBlocks][4], int32_t first) const {
+    constexpr float kFromBase2 = logit_unit<Variant>() / kLog2e;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t key = first + Products::token_in_tile(i);
+        const LogitRow& r = row(n, i % 2);
+        const auto at =
+            PieceVariant<Variant>::template pair<kIsMasked>(variant_.row(r.qo_idx, r.head), key);
+        const float score = variant_.template score<kIsMasked>(s[n][i] * kFromBase2, at);
+        s[n][i] = variant_.sees(at) ? score : hidden_score<Variant>();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void make_logits(float (&s)[kBlocks][4], int32_t first, int32_t end,
+                                              bool needs_mask) const {
     if (transform_.is_scale_only() && !needs_mask) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -174,6 +208,7 @@ class FewRowsSoftmax {
   const LogitRow* rows_;
   LogitTransform transform_;
   KvRange keys_all_see_;
+  PieceVariant<Variant> variant_;
   float scale_[kBlocks][2];
   float max_[kBlocks][2];
   float sum_[kBlocks][2];  // of this lane's tokens, until finish()

@@ -17,11 +17,13 @@ inline constexpr int kRowBlock = 8;     // columns of an mma: packed query rows
 
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A unit has up to kUnitBlocks
 // blocks of rows: with one of them, more CTAs fit an SM and hide each other's latencies.
-template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kUnitBlocks>
+template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kUnitBlocks,
+          class Variant_ = NoVariant>
 struct FewRowsTraits {
   using Q = Q_;
   using Kv = Kv_;
   using Out = Out_;
+  using Variant = Variant_;
   static constexpr int kQk = kHeadDimQk;
   static constexpr int kVo = kHeadDimVo;
   static constexpr bool kIsFp8Cache = kIsFp8<Kv>;
@@ -44,6 +46,9 @@ struct FewRowsTraits {
   static constexpr int kCopyWarps = kRowGroups;
   static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
   static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
+
+  // Whether K and V leave the L2 cache to what other blocks of the kernel have there.
+  static constexpr bool kEvictsFirst = false;
 
   using QRows = SwizzledRows<kQk * 2>;
   using KRows = SwizzledRows<kQk* int(sizeof(Kv))>;

@@ -3,14 +3,13 @@
 #pragma once
 
 #include <fi_backend/attention/params.h>
+#include <fi_backend/attention/variant.h>
 #include <fi_backend/common/div.h>
 #include <fi_backend/plan/work_pieces.h>
 
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
-
-inline constexpr float kLog2e = 1.44269504088896341f;
 
 // The maximum of a row that has seen no key.
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
@@ -109,9 +108,13 @@ struct RowResult {
   float lse;
 };
 
-// End a row whose weights are 2^(logit - max), with `sum` over all its keys.
+// End a row whose weights are 2^(logit - max), with `sum` over all its keys; or those of a variant
+// without softmax.
+template <class Variant>
 __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const WorkPiece& piece,
                                                 const LogitRow& row, float max, float sum) {
+  const float v_scale = p.v_scale != nullptr ? p.v_scale[piece.kv_head] : p.v_scale_value;
+  if constexpr (!Variant::kUsesSoftmax) return {v_scale, minus_infinity()};
   if (sum == 0.f) return {0.f, minus_infinity()};
   const float origin = row.slope * static_cast<float>(piece.kv_len - piece.qo_len);
   float scale = 1.f;
@@ -122,7 +125,6 @@ __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const 
     sum = sum * scale + exp2f(sink - top);
     max = top;
   }
-  const float v_scale = p.v_scale != nullptr ? p.v_scale[piece.kv_head] : p.v_scale_value;
   return {scale / sum * v_scale, max + log2f(sum) + origin};
 }
 

@@ -25,7 +25,8 @@ class ManyRowsWorker {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      memory_.walk.begin(p_, g_);
+      memory_.group_size = make_fast_divider(g_.group_size);
+      memory_.walk.begin(p_, ManyRowsWalk::plan_of(p_, g_), g_.num_reqs, blockIdx.x, 0);
       find_item(memory_.item);
     }
     __syncthreads();
@@ -44,7 +45,8 @@ class ManyRowsWorker {
   // One thread finds items for all, ahead of time: that takes several dependent loads.
   __device__ __forceinline__ void find_item(ManyRowsItem& item) {
     item.exists = memory_.walk.next(p_, g_, item.piece, item.holders);
-    if (item.exists) describe_item(p_, g_, item);
+    item.group_size = memory_.group_size;
+    if (item.exists) describe_item<typename Traits::Variant>(p_, g_, item);
   }
 
   // This warp's first row in a tile, and where its rows lie.
@@ -139,10 +141,7 @@ class ManyRowsWorker {
         const uint8_t* k = Traits::kIsFp8Cache ? group().k_wide : group().k[stage];
         ScoreTile<Traits> s;
         multiply_keys<Traits>(ptx::shared_address(warp_rows()), ptx::shared_address(k), s);
-        if (!item.is_scale_only) transform_logits<Traits>(p_, g_, item, first_row(), begin, s);
-        if (begin < range.all.begin || begin + kTokens > range.all.end) {
-          mask_logits<Traits>(p_, g_, item, first_row(), begin, s);
-        }
+        make_scores<Traits>(p_, g_, item, range.all, first_row(), begin, s);
         const float scale = item.is_scale_only ? item.scale : 1.f;
         move_maxima<Traits>(s, scale, rows_, [&](int m, int h, float factor) {
           scale_output<Traits>(rows_.o, m, h, factor);
@@ -158,7 +157,7 @@ class ManyRowsWorker {
     // An item without tokens has not waited for its queries, whose place the output takes.
     ptx::cp_async_wait<0>();
     __syncwarp();
-    rows_.sum_rows();
+    rows_.sums.add_lanes();
     const WorkPiece& piece = item.piece;
     if (piece.whole()) {
       write_output<Traits>(p_, g_, item, first_row(), rows_, warp_rows());

@@ -12,17 +12,19 @@ namespace fi {
 inline constexpr int kLargeSharedMemory = 227 * 1024;  // a block's, on sm_90 and sm_100
 inline constexpr int kSmallSharedMemory = 99 * 1024;   // on sm_86, sm_89 and sm_120
 
-template <class Q, class Kv, class Out, int kHeadDimQk, int kHeadDimVo>
+template <class Q, class Kv, class Out, int kHeadDimQk, int kHeadDimVo, class Variant = NoVariant>
 struct ManyRowsKernels {
   template <int kTokens, int kGroups>
-  using Traits = ManyRowsTraits<Q, Kv, Out, kHeadDimQk, kHeadDimVo, kTokens, kGroups>;
+  using Traits = ManyRowsTraits<Q, Kv, Out, kHeadDimQk, kHeadDimVo, kTokens, kGroups, Variant>;
   template <int kTokens, int kGroups>
   static constexpr int kBytes = int(sizeof(ManyRowsMemory<Traits<kTokens, kGroups>>));
 
-  // The largest tile that fits; more tokens would not leave a warp the registers for their scores.
+  // The largest tile that fits; more tokens would not leave a warp the registers for their scores,
+  // of which the functions of a variant take some.
   template <int kGroups>
   static constexpr int tokens_that_fit(int bytes) {
-    return kBytes<64, kGroups> <= bytes ? 64 : kBytes<32, kGroups> <= bytes ? 32 : 16;
+    if (kBytes<64, kGroups> <= bytes && !kHasScores<Variant>) return 64;
+    return kBytes<32, kGroups> <= bytes ? 32 : 16;
   }
   static constexpr int kLarge = tokens_that_fit<2>(kLargeSharedMemory);
   static constexpr int kSmall = tokens_that_fit<1>(kSmallSharedMemory);
@@ -61,7 +63,7 @@ struct ManyRowsKernels {
                          cudaStream_t stream) {
     if (l.num_reqs == 0) return cudaSuccess;
     if constexpr (kHasSm90Kernel<Q, Kv, kHeadDimQk, kHeadDimVo>) {
-      using Sm90 = ManyRowsSm90Kernel<Sm90Traits<Q, Out, kHeadDimQk, kHeadDimVo>>;
+      using Sm90 = ManyRowsSm90Kernel<Sm90Traits<Q, Out, kHeadDimQk, kHeadDimVo, Variant>>;
       int num_sms = 0;
       const cudaError_t error = Sm90::prepare(num_sms);
       if (error != cudaSuccess) return error;

@@ -9,14 +9,19 @@
 
 namespace fi {
 
-// The packed row `row` of an item's tile, from the tile's first one by a short division.
+// The query token, within the request, of the packed row `row` of an item's tile.
+__device__ __forceinline__ int32_t tile_token(const ManyRowsItem& item, int row) {
+  return item.first_token + static_cast<int32_t>(item.group_size(item.first_head + row));
+}
+
+// The packed row `row` of an item's tile.
 __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const WorkGeometry& g,
                                              const ManyRowsItem& item, int row) {
-  const uint32_t packed = item.first_head + row;
-  const uint32_t token = packed / static_cast<uint32_t>(g.group_size);
-  const int head = static_cast<int>(packed - token * static_cast<uint32_t>(g.group_size));
   const WorkPiece& piece = item.piece;
-  const int32_t qo_idx = item.first_token + static_cast<int32_t>(token);
+  const int packed = item.first_head + row;
+  const auto token = static_cast<int32_t>(item.group_size(packed));
+  const int32_t qo_idx = item.first_token + token;
+  const int head = packed - token * g.group_size;
   const KvRange seen = visible_tokens(g, piece.qo_len, piece.kv_len, qo_idx);
   const float k_scale = p.k_scale != nullptr ? p.k_scale[piece.kv_head] : p.k_scale_value;
   LogitRow r;
@@ -30,15 +35,18 @@ __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const Wor
   return r;
 }
 
-// Fill in what follows from an item's piece.
+// Fill in what follows from an item's piece and its group_size.
+template <class Variant>
 __device__ __forceinline__ void describe_item(const AttentionParams& p, const WorkGeometry& g,
                                               ManyRowsItem& item) {
   const QuotRem first = divide_index(int64_t{item.piece.q_tile} * g.tile_rows, g.group_size);
   item.first_token = static_cast<int32_t>(first.quot);
   item.first_head = static_cast<int32_t>(first.rem);
   item.scale = tile_row(p, g, item, 0).scale;
+  if (p.soft_cap == 0.f) item.scale *= logit_unit<Variant>() / kLog2e;
   // A positive factor can wait until after the maximum is taken.
-  item.is_scale_only = make_logit_transform(p, item.piece).is_scale_only() && item.scale > 0.f;
+  item.is_scale_only = !kHasScores<Variant> && item.scale > 0.f &&
+                       make_logit_transform(p, item.piece).is_scale_only();
 }
 
 // The tokens of an item's piece that rows [first_row, first_row + num_rows) of its tile see.
@@ -48,8 +56,11 @@ __device__ __forceinline__ RowsRange rows_range(const AttentionParams& p, const 
   const WorkPiece& piece = item.piece;
   if (first_row >= piece.num_rows) return {{0, 0}, {0, 0}};
   const int last_row = min(first_row + num_rows, piece.num_rows) - 1;
-  const LogitRow first = tile_row(p, g, item, first_row);
-  const LogitRow last = tile_row(p, g, item, last_row);
+  const auto seen_by = [&](int row) {
+    return visible_tokens(g, piece.qo_len, piece.kv_len, tile_token(item, row));
+  };
+  const KvRange first = seen_by(first_row);
+  const KvRange last = seen_by(last_row);
   const int all_end = p.custom_mask != nullptr ? 0 : min(first.end, piece.tokens.end);
   return {{max(first.begin, piece.tokens.begin), min(last.end, piece.tokens.end)},
           {max(last.begin, piece.tokens.begin), all_end}};

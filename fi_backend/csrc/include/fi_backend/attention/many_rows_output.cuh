@@ -31,6 +31,35 @@ __device__ __forceinline__ void store_pair(T* to, float low, float high) {
   *reinterpret_cast<uint32_t*>(to) = ptx::pack_pair<T>(low, high);
 }
 
+// Write this warp's rows from shared memory, in words of sizeof(Word).
+template <class Traits, class Word, int kBatch>
+__device__ __forceinline__ void copy_output(const AttentionParams& p, const WorkGeometry& g,
+                                            const ManyRowsItem& item, int first_row,
+                                            const uint8_t* buffer) {
+  using Rows = typename Traits::OutRows;
+  constexpr int kWords = Rows::kRowBytes / int(sizeof(Word));
+  constexpr int kPerChunk = kChunkBytes / int(sizeof(Word));
+  const int num_rows = item.piece.num_rows - first_row;
+  const int lane = fresh_thread() % 32;
+#pragma unroll 1
+  for (int first = 0; first < Traits::kWarpRows * kWords; first += kBatch * 32) {
+    Word words[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int n = first + b * 32 + lane;
+      words[b] = *reinterpret_cast<const Word*>(
+          buffer + Rows::offset(n / kWords, n % kWords / kPerChunk) + n % kPerChunk * sizeof(Word));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int n = first + b * 32 + lane;
+      const LogitRow row = tile_row(p, g, item, first_row + n / kWords);
+      Word* to = reinterpret_cast<Word*>(output_row<Traits>(p, item, row)) + n % kWords;
+      if (n / kWords < num_rows) *to = words[b];
+    }
+  }
+}
+
 // Normalise and write this warp's rows. Their way to memory leads through `buffer`, the warp's part
 // of shared memory, so that whole sectors are written.
 template <class Traits>
@@ -39,8 +68,10 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Wor
                                              const RowStates<Traits>& rows, uint8_t* buffer) {
   using T = typename Traits::Out;
   using Rows = typename Traits::OutRows;
+  using Variant = typename Traits::Variant;
   // Pairs of floats fill sectors as they are; pairs of 16-bit values do not.
   constexpr bool kIsDirect = sizeof(T) == 4;
+  const PieceVariant<Variant> variant(p, item.piece);
   const int lane = fresh_thread() % 32;
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
@@ -49,33 +80,31 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Wor
       const int i = 16 * m + 8 * h + lane / 4;
       if (first_row + i >= item.piece.num_rows) continue;
       const LogitRow row = tile_row(p, g, item, first_row + i);
-      const RowResult result = finish_row(p, item.piece, row, rows.max[m][h], rows.sum[m][h]);
+      const RowResult result =
+          finish_row<Variant>(p, item.piece, row, rows.sums.max[m][h], rows.sums.sum[m][h]);
       if (lane % 4 == 0) write_lse(p, item, row, result.lse);
+      const variants::Row at = variant.row(row.qo_idx, row.head);
 #pragma unroll
       for (int j = 0; j < Traits::kVo / 8; ++j) {
         const float* x = rows.o[m][j] + 2 * h;
         T* to = kIsDirect ? output_row<Traits>(p, item, row) + 8 * j
                           : reinterpret_cast<T*>(buffer + Rows::offset(i, j));
-        store_pair(to + lane % 4 * 2, x[0] * result.factor, x[1] * result.factor);
+        const int dim = 8 * j + lane % 4 * 2;
+        store_pair(to + lane % 4 * 2, variant.output(x[0] * result.factor, at, dim),
+                   variant.output(x[1] * result.factor, at, dim + 1));
       }
     }
   }
   if constexpr (kIsDirect) return;
   __syncwarp();
-  const int reader = fresh_thread() % 32;
-  constexpr int kWords = Rows::kRowBytes / int(sizeof(uint2));  // rows are aligned to them
-  // Each lane knows where one row goes; those that do not exist go where the last one does.
-  static_assert(Traits::kWarpRows <= 32, "a row for each lane");
-  const int num_rows = item.piece.num_rows - first_row;
-  const LogitRow row = tile_row(p, g, item, first_row + min(reader, max(num_rows, 1) - 1));
-  const auto row_address = reinterpret_cast<unsigned long long>(output_row<Traits>(p, item, row));
-#pragma unroll 4
-  for (int n = reader; n < Traits::kWarpRows * kWords; n += 32) {
-    const int i = n / kWords, word = n % kWords;
-    const auto to = reinterpret_cast<uint2*>(__shfl_sync(kFullWarp, row_address, i));
-    if (i < num_rows) {
-      to[word] = *reinterpret_cast<const uint2*>(buffer + Rows::offset(i, word / 2) + word % 2 * 8);
-    }
+  constexpr int kBatch = Traits::kRowBlocks > 1 ? 4 : Traits::kVo % 64 == 0 ? 4 : 2;
+  // Rows are aligned to 8 bytes at least.
+  const uint64_t places = reinterpret_cast<uint64_t>(p.out) | p.out_row_stride * sizeof(T) |
+                          p.out_head_stride * sizeof(T);
+  if (places % sizeof(uint4) == 0) {
+    copy_output<Traits, uint4, kBatch>(p, g, item, first_row, buffer);
+  } else {
+    copy_output<Traits, uint2, 1>(p, g, item, first_row, buffer);
   }
 }
 
@@ -107,7 +136,7 @@ __device__ __forceinline__ void write_partial(const PartialItem<Traits>& to, int
     for (int h = 0; h < 2; ++h) {
       const int i = first_row + 16 * m + 8 * h + lane / 4;
       if (i >= num_rows) continue;
-      if (lane % 4 == 0) *to.max_and_sum(i) = make_float2(rows.max[m][h], rows.sum[m][h]);
+      if (lane % 4 == 0) *to.max_and_sum(i) = make_float2(rows.sums.max[m][h], rows.sums.sum[m][h]);
 #pragma unroll
       for (int j = 0; j < Traits::kVo / 8; ++j) {
         const float* x = rows.o[m][j] + 2 * h;
@@ -153,6 +182,8 @@ __device__ __forceinline__ void merge_row(float2& state, float4& o, const float2
 template <class Traits>
 __device__ __forceinline__ void merge_parts(const AttentionParams& p, const WorkGeometry& g,
                                             const ManyRowsItem& item) {
+  using Variant = typename Traits::Variant;
+  const PieceVariant<Variant> variant(p, item.piece);
   constexpr int kVecs = Traits::kVo / 4;
   // Loads that cover each other's latency: of neighbouring rows, and of parts of one.
   constexpr int kRows = 4, kParts = 2;
@@ -190,11 +221,17 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
       const int n = first + i * kManyRowsThreads;
       if (n >= count) break;
       const LogitRow row = tile_row(p, g, item, n / kVecs);
-      const RowResult result = finish_row(p, item.piece, row, state[i].x, state[i].y);
+      const RowResult result = finish_row<Variant>(p, item.piece, row, state[i].x, state[i].y);
       if (n % kVecs == 0) write_lse(p, item, row, result.lse);
-      typename Traits::Out* to = output_row<Traits>(p, item, row) + n % kVecs * 4;
-      store_pair(to, o[i].x * result.factor, o[i].y * result.factor);
-      store_pair(to + 2, o[i].z * result.factor, o[i].w * result.factor);
+      const variants::Row at = variant.row(row.qo_idx, row.head);
+      const int dim = n % kVecs * 4;
+      const float values[4] = {o[i].x, o[i].y, o[i].z, o[i].w};
+      typename Traits::Out* to = output_row<Traits>(p, item, row) + dim;
+#pragma unroll
+      for (int d = 0; d < 4; d += 2) {
+        store_pair(to + d, variant.output(values[d] * result.factor, at, dim + d),
+                   variant.output(values[d + 1] * result.factor, at, dim + d + 1));
+      }
     }
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fi_backend/attention/many_rows_shape.h>
+#include <fi_backend/attention/variant.h>
 
 #include <fi_backend/attention/many_rows_walk.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
@@ -40,11 +41,12 @@ __device__ __forceinline__ int fresh_block() {
 // memory and twice the traffic to it, but drift apart: one multiplies while the other is at its
 // softmax.
 template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kTokens_,
-          int kGroups_>
+          int kGroups_, class Variant_ = NoVariant>
 struct ManyRowsTraits {
   using Q = Q_;
   using Kv = Kv_;
   using Out = Out_;
+  using Variant = Variant_;
   static constexpr int kQk = kHeadDimQk;
   static constexpr int kVo = kHeadDimVo;
   static constexpr int kTokens = kTokens_;
@@ -81,9 +83,10 @@ struct RowsRange {
 // The piece a CTA works on.
 struct ManyRowsItem {
   WorkPiece piece;
+  FastDivider group_size;
   int32_t first_token;  // query token, within the request, of the tile's first packed row
   int32_t first_head;   // its head in the group
-  float scale;          // from q . k to a base-2 logit
+  float scale;          // from q . k to a logit in units of logit_unit()
   bool is_scale_only;   // which is all there is to it, and the scale is positive
   bool exists;
   ItemHolders holders;  // of the item, unless the piece is the whole item
@@ -113,6 +116,7 @@ struct alignas(128) ManyRowsMemory {
   ManyRowsItem item;
   ManyRowsItem next_item;
   ManyRowsWalk walk;  // to the items after them
+  FastDivider group_size;
   RowsRange ranges[kManyRowsWarps];
   bool is_last_holder;
 };

@@ -15,6 +15,11 @@ constexpr bool has_sm90_head_dims(int qk, int vo) {
          (vo == 64 || vo == 96 || vo == 128 || vo == 192 || vo == 256);
 }
 
+// Head sizes that the kernel for both lines (mixed_rows.cuh) is made for: wider ones spill there.
+constexpr bool has_mixed_rows_dims(int qk, int vo) {
+  return qk == vo && qk <= 192 && has_sm90_head_dims(qk, vo);
+}
+
 // A worker holds parts of two items at most: one it takes over at the head of its share of the line
 // (end 0), and one it leaves unfinished at the tail (end 1). The state of a part is values
 // [tile rows, head_dim_vo], not normalised, then (maximum logit, sum of weights) per row.

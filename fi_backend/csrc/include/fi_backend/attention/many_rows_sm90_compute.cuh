@@ -29,7 +29,10 @@ class Sm90Computer {
  public:
   __device__ __forceinline__ Sm90Computer(const ManyRowsSm90Params& params, Memory& memory,
                                           int group)
-      : p_(params.attention),
+      : params_(params),
+        p_(params.attention),
+        // Not the copy in shared memory: the compiler takes only what lies here to be the same in
+        // all lanes, and without that leaves the tensor cores waiting for descriptors.
         g_(*reinterpret_cast<const WorkGeometry*>(params.attention.plan)),
         memory_(memory),
         group_(group) {}
@@ -38,6 +41,7 @@ class Sm90Computer {
     if (group_ == 1) ptx::named_barrier_arrive<kComputeThreads>(kTurnBarrier);  // group 0 begins
     for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_full[place.index()]), place.parity());
+      see_copies();
       const Sm90Unit& unit = memory_.units[place.index()];
       if (!unit.exists) return;
       uint8_t* queries = memory_.q[place.index()][group_];
@@ -49,6 +53,11 @@ class Sm90Computer {
   }
 
  private:
+  // What other threads have copied row by row is not there for wgmma before this.
+  __device__ __forceinline__ void see_copies() const {
+    if (!params_.has_maps()) ptx::fence_async_proxy();
+  }
+
   __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
     return ptx::shared_address(&barrier);
   }
@@ -71,43 +80,42 @@ class Sm90Computer {
     return unit.first_row + fresh_thread() / kWarpSize * Traits::kWarpRows;
   }
 
+  // Wait for a tile of K or V.
+  __device__ __forceinline__ void wait_for_tile(const uint64_t& full,
+                                                const FixedRingPlace<Traits::kStages>& tile) const {
+    ptx::mbarrier_wait(address(full), tile.parity());
+    see_copies();
+  }
+
   // Issue S = Q K^T.
   __device__ __forceinline__ void multiply_keys(uint32_t queries, int stage,
                                                 ScoreTile<Traits>& s) const {
-    const uint64_t q = ptx::wgmma_descriptor(queries, 16);
-    const uint64_t k = ptx::wgmma_descriptor(ptx::shared_address(memory_.k[stage]), 16);
+    using QBlocks = typename Traits::QueryBlocks;
+    using KBlocks = typename Traits::KTile::Blocks;
+    const ptx::WgmmaMatrix q(queries, QBlocks::kNextRows, 0);
+    const ptx::WgmmaMatrix k(ptx::shared_address(memory_.k[stage]), KBlocks::kNextRows, 0);
     ptx::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < Traits::kQk; d += 16) {
       const int part = d / kPartColumns, within = d % kPartColumns * 2;
-      ptx::wgmma_shared<Q, kTokens>(&s[0][0][0], q + (part * Traits::kGroupPartBytes + within) / 16,
-                                    k + (part * Traits::kPartBytes + within) / 16, d > 0);
+      ptx::wgmma_shared<Q, kTokens>(&s[0][0][0], q.at(part * QBlocks::kNextColumns + within),
+                                    k.at(part * KBlocks::kNextColumns + within), d > 0);
     }
     ptx::wgmma_commit();
   }
 
   // Issue O += P V.
   __device__ __forceinline__ void multiply_values(const WeightTile<Traits>& weights, int stage) {
-    const uint64_t v =
-        ptx::wgmma_descriptor(ptx::shared_address(memory_.v[stage]), Traits::kPartBytes);
+    using Blocks = typename Traits::VTile::Blocks;
+    const ptx::WgmmaMatrix v(ptx::shared_address(memory_.v[stage]), Blocks::kNextRows,
+                             Blocks::kNextColumns);
     ptx::wgmma_fence();
 #pragma unroll
     for (int t = 0; t < kTokens / 16; ++t) {
       ptx::wgmma_registers<Q, Traits::kVo>(&rows_.o[0][0][0], weights[t],
-                                           v + t * 16 * PartRows::kRowBytes / 16);
+                                           v.at(t * (16 / kBlockRows) * Blocks::kNextRows));
     }
     ptx::wgmma_commit();
-  }
-
-  // Scores of a tile that needs more than the scale become logits.
-  __device__ __forceinline__ void mask(const Sm90Unit& unit, int token,
-                                       ScoreTile<Traits>& s) const {
-    const int first = first_row(unit);
-    if (!unit.item.is_scale_only) transform_logits<Traits>(p_, g_, unit.item, first, token, s);
-    const KvRange unmasked = unit.unmasked[group_];
-    if (token < unmasked.begin || token + kTokens > unmasked.end) {
-      mask_logits<Traits>(p_, g_, unit.item, first, token, s);
-    }
   }
 
   __device__ __forceinline__ static void pack_weights(const ScoreTile<Traits>& s,
@@ -125,79 +133,89 @@ class Sm90Computer {
   // Rows of a tile of V whose weights are 0 must be zeros too: they may hold anything, and nothing
   // else times 0 is sure to be 0. Both groups do so, and neither waits for the other.
   __device__ __forceinline__ void clear_values(int begin, int end, int stage) const {
-    constexpr int kChunks = Traits::kVoParts * PartRows::kChunks;
+    constexpr int kChunks = Traits::VTile::kParts * PartRows::kChunks;
     for (int n = threadIdx.x % kGroupThreads; n < (end - begin) * kChunks; n += kGroupThreads) {
-      const int row = begin + n / kChunks, chunk = n % kChunks;
-      uint8_t* part = memory_.v[stage] + chunk / PartRows::kChunks * Traits::kPartBytes;
-      *reinterpret_cast<uint4*>(part + PartRows::offset(row, chunk % PartRows::kChunks)) =
-          make_uint4(0, 0, 0, 0);
+      uint8_t* to =
+          memory_.v[stage] + Traits::VTile::Blocks::offset(begin + n / kChunks, n % kChunks);
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
     ptx::fence_async_proxy();
     sync_group();
   }
+  // Boxes past the end are zeros already, and rows that are copied one by one are those of tokens.
+  __device__ __forceinline__ void clear_past_end(const Sm90Unit& unit, int token, int stage) const {
+    const int past_end = unit.tokens.end - token;
+    const int box_tokens = params_.v.box_tokens;
+    const int box_end = (past_end + box_tokens - 1) & -box_tokens;  // a power of two, or 0
+    if (past_end < box_end) clear_values(past_end, box_end, stage);
+  }
+  // Tiles are taken in turn, K and V of one at the same place: tile_ is the next one.
+  __device__ __forceinline__ int stage_before() const { return (tile_.n - 1) % Traits::kStages; }
 
   // Add the weighted values of the tile before while the weights of this one are computed. The
-  // values of the current tile have arrived at the end of every step.
+  // values of this one have arrived at the end of every step. kIsFree: its scores need but the
+  // scale.
   template <bool kIsFree>
   __device__ __forceinline__ void step(const Sm90Unit& unit, uint32_t queries, int token,
                                        float scale, WeightTile<Traits>& weights) {
     const int stage = tile_.index();
-    ++tile_.n;
     ScoreTile<Traits> s;
     float factors[2];
-    ptx::mbarrier_wait(address(memory_.k_full[tile_.index()]), tile_.parity());
+    wait_for_tile(memory_.k_full[stage], tile_);
     wait_for_turn();
-    multiply_keys(queries, tile_.index(), s);
-    multiply_values(weights, stage);
+    multiply_keys(queries, stage, s);
+    multiply_values(weights, stage_before());
     give_turn();
     ptx::wgmma_wait<1>();
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
-    release(memory_.k_empty[tile_.index()]);
-    if constexpr (!kIsFree) mask(unit, token, s);
+    release(memory_.k_empty[stage]);
+    if constexpr (!kIsFree) {
+      make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
+    }
     const bool moved = move_maxima<Traits>(
         s, scale, rows_, [&](int /*m*/, int h, float factor) { factors[h] = factor; });
     add_weights<Traits>(s, scale, rows_);
     // Without this loop in between, the assembler moves the wait below up before the weights.
-    ptx::mbarrier_wait(address(memory_.v_full[tile_.index()]), tile_.parity());
+    wait_for_tile(memory_.v_full[stage], tile_);
     ptx::wgmma_wait<0>();
     ptx::wgmma_finished<Traits::kVo / 2>(&rows_.o[0][0][0]);
-    release(memory_.v_empty[stage]);
+    release(memory_.v_empty[stage_before()]);
     if (moved) {
       scale_output<Traits>(rows_.o, 0, 0, factors[0]);
       scale_output<Traits>(rows_.o, 0, 1, factors[1]);
     }
     pack_weights(s, weights);
+    ++tile_.n;
   }
 
   __device__ __forceinline__ void first_step(const Sm90Unit& unit, uint32_t queries, int token,
                                              float scale, WeightTile<Traits>& weights) {
     const int stage = tile_.index();
     ScoreTile<Traits> s;
-    ptx::mbarrier_wait(address(memory_.k_full[stage]), tile_.parity());
+    wait_for_tile(memory_.k_full[stage], tile_);
     multiply_keys(queries, stage, s);
     ptx::wgmma_wait<0>();
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
     release(memory_.k_empty[stage]);
-    mask(unit, token, s);
+    make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
     move_maxima<Traits>(s, scale, rows_, [](int, int, float) {});  // there is no output yet
     add_weights<Traits>(s, scale, rows_);
     pack_weights(s, weights);
-    ptx::mbarrier_wait(address(memory_.v_full[stage]), tile_.parity());
-    const int past_end = unit.tokens.end - token;
-    if (past_end < kTokens) clear_values(past_end, kTokens, stage);
+    wait_for_tile(memory_.v_full[stage], tile_);
+    clear_past_end(unit, token, stage);
+    ++tile_.n;
   }
 
   // Add the weighted values of the unit's first tokens, which were computed last.
   __device__ __forceinline__ void last_step(const Sm90Unit& unit,
                                             const WeightTile<Traits>& weights) {
-    const int stage = tile_.index();
+    const int stage = stage_before();
     const int before_begin = unit.tokens.begin - unit.first_token;
     if (before_begin > 0) clear_values(0, before_begin, stage);
     multiply_values(weights, stage);
     ptx::wgmma_wait<0>();
     ptx::wgmma_finished<Traits::kVo / 2>(&rows_.o[0][0][0]);
     release(memory_.v_empty[stage]);
-    ++tile_.n;
   }
 
   __device__ __forceinline__ void attend(const Sm90Unit& unit, uint32_t queries) {
@@ -209,7 +227,9 @@ class Sm90Computer {
     first_step(unit, queries, token, scale, weights);
 #pragma unroll 1
     for (token -= kTokens; token >= first_token; token -= kTokens) {
-      if (token >= free.begin && token + kTokens <= free.end) {
+      // A variant makes scores of every tile's logits.
+      if (!kHasScores<typename Traits::Variant> && token >= free.begin &&
+          token + kTokens <= free.end) {
         step<true>(unit, queries, token, scale, weights);
       } else {
         step<false>(unit, queries, token, scale, weights);
@@ -221,7 +241,7 @@ class Sm90Computer {
   __device__ __forceinline__ void end_unit(const Sm90Unit& unit, uint8_t* queries) {
     const WorkPiece& piece = unit.item.piece;
     const int first = first_row(unit);
-    rows_.sum_rows();
+    rows_.sums.add_lanes();
     if (piece.whole()) {
       sync_group();  // other warps' products have read the queries, whose place the output takes
       const int warp = threadIdx.x % kGroupThreads / kWarpSize;
@@ -237,6 +257,7 @@ class Sm90Computer {
                      [] { ptx::named_barrier_sync<kComputeThreads>(kComputeBarrier); });
   }
 
+  const ManyRowsSm90Params& params_;
   const AttentionParams& p_;
   const WorkGeometry& g_;
   Memory& memory_;

@@ -9,87 +9,127 @@
 
 namespace fi {
 
+// What is found out about a kernel once per thread and device. num_sms is 0 where its module has no
+// code for the device's own instructions.
+template <auto kKernel, int kSharedBytes>
+cudaError_t prepare_sm90_kernel(int& num_sms) {
+  static_assert(kSharedBytes <= 227 * 1024, "more than a block may have");
+  thread_local int prepared_device = -1;
+  thread_local int prepared_sms = 0;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device != prepared_device) {
+    cudaFuncAttributes attributes = {};
+    error = cudaFuncGetAttributes(&attributes, kKernel);
+    if (error != cudaSuccess) return error;
+    int sms = 0;
+    if (attributes.maxThreadsPerBlock >= kSm90Threads) {
+      error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+      if (error != cudaSuccess) return error;
+      error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      if (error != cudaSuccess) return error;
+    }
+    prepared_sms = sms;
+    prepared_device = device;
+  }
+  num_sms = prepared_sms;
+  return cudaSuccess;
+}
+
 template <class Traits>
 struct ManyRowsSm90Kernel {
   using Q = typename Traits::Q;
-  static constexpr auto kKernel = many_rows_sm90_kernel<Traits>;
+  static constexpr void (*kKernel)(ManyRowsSm90Params) = many_rows_sm90_kernel<Traits>;
   static constexpr int kSharedBytes = int(sizeof(Sm90Memory<Traits>));
-  static_assert(kSharedBytes <= 227 * 1024, "more than a block may have");
 
-  // What is found out once per thread and device. num_sms is 0 where this module has no code for
-  // the device's own instructions.
   static cudaError_t prepare(int& num_sms) {
-    thread_local int prepared_device = -1;
-    thread_local int prepared_sms = 0;
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    if (device != prepared_device) {
-      cudaFuncAttributes attributes = {};
-      error = cudaFuncGetAttributes(&attributes, kKernel);
-      if (error != cudaSuccess) return error;
-      int sms = 0;
-      if (attributes.maxThreadsPerBlock >= kSm90Threads) {
-        error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-        if (error != cudaSuccess) return error;
-        error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kSharedBytes);
-        if (error != cudaSuccess) return error;
-      }
-      prepared_sms = sms;
-      prepared_device = device;
-    }
-    num_sms = prepared_sms;
-    return cudaSuccess;
+    return prepare_sm90_kernel<kKernel, kSharedBytes>(num_sms);
+  }
+
+  static ManyRowsSm90Params make_params(const AttentionParams& params, const ManyRowsLaunch& l) {
+    ManyRowsSm90Params p = {};
+    p.attention = params;
+    p.group_size = make_fast_divider(params.num_qo_heads / params.num_kv_heads);
+    p.page_size = make_fast_divider(params.pages.page_size);
+    p.num_reqs = l.num_reqs;
+    p.num_workers = l.num_workers;
+    set_maps(p, l.num_pages);
+    return p;
   }
 
   static cudaError_t run(const AttentionParams& params, const ManyRowsLaunch& l, int num_sms,
                          cudaStream_t stream) {
-    ManyRowsSm90Params p = {params, {}, {}, 0};
-    set_maps(p, l.num_pages);
+    const ManyRowsSm90Params p = make_params(params, l);
     const int num_blocks = l.num_workers < num_sms ? l.num_workers : num_sms;
     return launch(kKernel, num_blocks, dim3(kSm90Threads), kSharedBytes, stream, l.enable_pdl, p);
   }
 
  private:
-  // Boxes hold as many rows as divide both a page and a tile; smaller ones than 16 rows would take
-  // the copy engine longer than the products take.
+  // Boxes have as many tokens as divide both a page and a tile; fewer than 16 would take the copy
+  // engine longer than the products take.
   static void set_maps(ManyRowsSm90Params& p, int64_t num_pages) {
     const AttentionParams& a = p.attention;
     const bool is_ragged = a.pages.indices == nullptr && a.pages.block_table == nullptr;
-    int32_t rows = Traits::kTokens < kMaxBoxRows ? Traits::kTokens : kMaxBoxRows;
-    while (!is_ragged && a.pages.page_size % rows != 0) rows /= 2;
-    if (rows < kMinBoxRows) return;
-    const auto& entry = TensorMapCache::find<Q>(
-        shape(a.k_cache, Traits::kQk, a.k_strides, a, is_ragged, num_pages, rows),
-        shape(a.v_cache, Traits::kVo, a.v_strides, a, is_ragged, num_pages, rows));
+    int32_t tokens = Traits::kTokens < kMaxBoxTokens ? Traits::kTokens : kMaxBoxTokens;
+    while (!is_ragged && a.pages.page_size % tokens != 0) tokens /= 2;
+    if (tokens < kMinBoxTokens) return;
+    using K = typename Traits::KTile;
+    using V = typename Traits::VTile;
+    if (!fits<K>(a.k_strides) || !fits<V>(a.v_strides)) return;
+    const auto k_shape = shape<K>(a.k_cache, Traits::kQk, a.k_strides, a, num_pages, tokens);
+    const auto v_shape = shape<V>(a.v_cache, Traits::kVo, a.v_strides, a, num_pages, tokens);
+    const auto& entry = TensorMapCache::find<Q>(k_shape, v_shape);
     if (!entry.is_valid) return;
-    p.k_map = entry.maps[0];
-    p.v_map = entry.maps[1];
-    p.box_tokens = rows;
+    const auto cache = [](const TensorMap& map, const TensorMapShape& s, const KvStrides& strides) {
+      return Sm90Cache{map, static_cast<int32_t>(s.box[1] * s.box[3]),
+                       static_cast<int32_t>(strides.head / kPartColumns)};
+    };
+    p.k = cache(entry.maps[0], k_shape, a.k_strides);
+    p.v = cache(entry.maps[1], v_shape, a.v_strides);
   }
 
   // Workers cut items at multiples of 64 tokens: larger boxes would load tokens of others.
-  static constexpr int kMaxBoxRows = 64;
-  static constexpr int kMinBoxRows = 16;
+  static constexpr int kMaxBoxTokens = 64;
+  static constexpr int kMinBoxTokens = 16;
 
+  // Heads and their parts are one dimension.
+  template <class Tile>
+  static bool fits(const KvStrides& strides) {
+    return Tile::kBoxParts == 1 || strides.head % kPartColumns == 0;
+  }
+
+  template <class Tile>
   static TensorMapShape shape(const void* cache, int dim, const KvStrides& strides,
-                              const AttentionParams& a, bool is_ragged, int64_t num_pages,
-                              int32_t rows) {
+                              const AttentionParams& a, int64_t num_pages, int32_t tokens) {
     constexpr int64_t kBytes = sizeof(Q);
+    constexpr int64_t kParts = Tile::kBoxParts;
     const int64_t heads = a.num_kv_heads;
+    const bool is_ragged = a.pages.indices == nullptr && a.pages.block_table == nullptr;
+    // Ragged K and V are one page.
+    const int64_t token = (is_ragged ? strides.page : strides.token) * kBytes;
+    const int64_t page = is_ragged ? 0 : strides.page * kBytes;
+    const int64_t num_tokens = is_ragged ? num_pages : a.pages.page_size;
+    if (is_ragged) num_pages = 1;
+    if (kParts == 1) {
+      return {cache,
+              {dim, num_tokens, 1, heads, num_pages},
+              {token, 0, strides.head * kBytes, page},
+              {kPartColumns, tokens, 1, 1, 1}};
+    }
+    const int64_t parts = (heads - 1) * (strides.head / kPartColumns) + kParts;
+    constexpr int64_t kPartStride = kPartColumns * kBytes;
     if (is_ragged) {
       return {cache,
-              {dim, num_pages, heads, 1},
-              {strides.page * kBytes, strides.head * kBytes, 0},
-              rows,
-              kPartColumns};
+              {kPartColumns, num_tokens, parts, 1, 1},
+              {token, kPartStride, 0, 0},
+              {kPartColumns, kBlockRows, kParts, 1, 1}};
     }
     return {cache,
-            {dim, a.pages.page_size, heads, num_pages},
-            {strides.token * kBytes, strides.head * kBytes, strides.page * kBytes},
-            rows,
-            kPartColumns};
+            {kPartColumns, kBlockRows, parts, num_tokens / kBlockRows, num_pages},
+            {token, kPartStride, kBlockRows * token, page},
+            {kPartColumns, kBlockRows, kParts, tokens / kBlockRows, 1}};
   }
 };
 

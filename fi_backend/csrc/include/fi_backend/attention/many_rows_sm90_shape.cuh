@@ -8,6 +8,7 @@
 #include <fi_backend/attention/many_rows_shape.h>
 
 #include <fi_backend/attention/many_rows_shape.cuh>
+#include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/ldmatrix.cuh>
 #include <fi_backend/ptx/mbarrier.cuh>
 
@@ -21,17 +22,44 @@ inline constexpr int kSm90Threads = kComputeThreads + kGroupThreads;
 inline constexpr int kUnitRows = kNumGroups * kGroupRows;
 static_assert(kComputeThreads == kManyRowsThreads, "the end of an item takes all that compute");
 
-// Tiles lie in shared memory in parts of 64 columns: rows of 128 bytes, as wgmma_descriptor() wants
-// them.
+// Shared memory is filled in blocks of 8 rows by 64 columns, as wgmma_descriptor() wants them.
 inline constexpr int kPartColumns = 64;
 using PartRows = SwizzledRows<kPartColumns * 2>;
+inline constexpr int kBlockRows = 8;
+inline constexpr int kBlockBytes = kBlockRows * PartRows::kRowBytes;
+
+// How blocks follow each other: bytes from a block to that of the next 8 rows, and to that of the
+// next 64 columns.
+template <int kNextRows_, int kNextColumns_>
+struct BlockLayout {
+  static constexpr int kNextRows = kNextRows_;
+  static constexpr int kNextColumns = kNextColumns_;
+
+  // Of a 16-byte chunk.
+  __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
+    return row / kBlockRows * kNextRows + chunk / PartRows::kChunks * kNextColumns +
+           PartRows::offset(row % kBlockRows, chunk % PartRows::kChunks);
+  }
+};
+
+// A tile of K or V lies in shared memory as boxes of the copy engine write it: a box has one part
+// of 64 columns or, of wide heads, whose tiles have many boxes, all columns of its tokens.
+template <int kDim, int kTokens>
+struct Sm90Tile {
+  static constexpr int kParts = (kDim + kPartColumns - 1) / kPartColumns;
+  static constexpr int kBoxParts = kDim > 128 && kDim % kPartColumns == 0 ? kParts : 1;
+  using Blocks = BlockLayout<kBoxParts * kBlockBytes,
+                             kBoxParts == 1 ? kTokens * PartRows::kRowBytes : kBlockBytes>;
+  static constexpr int kBytes = kParts * kTokens * PartRows::kRowBytes;
+};
 
 // Q: __half or __nv_bfloat16, the cache's type too; Out: a float type.
-template <class Q_, class Out_, int kHeadDimQk, int kHeadDimVo>
+template <class Q_, class Out_, int kHeadDimQk, int kHeadDimVo, class Variant_ = NoVariant>
 struct Sm90Traits {
   using Q = Q_;
   using Kv = Q_;
   using Out = Out_;
+  using Variant = Variant_;
   static constexpr int kQk = kHeadDimQk;
   static constexpr int kVo = kHeadDimVo;
   static constexpr int kWidest = kQk > kVo ? kQk : kVo;
@@ -51,12 +79,12 @@ struct Sm90Traits {
   static_assert(kTileRows % kUnitRows == 0, "units divide a tile");
   static_assert(kQk % 16 == 0 && kVo % 16 == 0, "a wgmma has 16 inputs");
 
-  static constexpr int kQkParts = (kQk + kPartColumns - 1) / kPartColumns;
-  static constexpr int kVoParts = (kVo + kPartColumns - 1) / kPartColumns;
-  static constexpr int kGroupPartBytes = kGroupRows * PartRows::kRowBytes;  // of queries
-  static constexpr int kPartBytes = kTokens * PartRows::kRowBytes;          // of K or V
+  using KTile = Sm90Tile<kQk, kTokens>;
+  using VTile = Sm90Tile<kVo, kTokens>;
+  using QueryBlocks = BlockLayout<kBlockBytes, kGroupRows * PartRows::kRowBytes>;
+  static constexpr int kGroupQueryBytes = KTile::kParts * kGroupRows * PartRows::kRowBytes;
   using OutRows = SwizzledRows<kVo* int(sizeof(Q))>;
-  static_assert(kQkParts >= kVoParts, "the output takes the place of the queries");
+  static_assert(KTile::kParts >= VTile::kParts, "the output takes the place of the queries");
 };
 
 // Work of a CTA at a time: some rows of an item and the tokens of its piece that they see.
@@ -72,17 +100,23 @@ struct Sm90Unit {
   bool exists;
 };
 
-template <class Traits>
-struct alignas(1024) Sm90Memory {
-  static constexpr int kGroupQueryBytes = Traits::kQkParts * Traits::kGroupPartBytes;
-  uint8_t q[Traits::kUnits][kNumGroups][kGroupQueryBytes];  // in the end the output
-  uint8_t k[Traits::kStages][Traits::kQkParts * Traits::kPartBytes];
-  uint8_t v[Traits::kStages][Traits::kVoParts * Traits::kPartBytes];
-  Sm90Unit units[Traits::kUnits];
-  // Where the search for units stands.
+// Where the search for units stands.
+struct Sm90Search {
   ManyRowsItem item;
   ManyRowsWalk walk;
   int32_t next_row;
+};
+
+template <class Traits>
+struct alignas(1024) Sm90Memory {
+  uint8_t q[Traits::kUnits][kNumGroups][Traits::kGroupQueryBytes];  // in the end the output
+  uint8_t k[Traits::kStages][Traits::KTile::kBytes];
+  uint8_t v[Traits::kStages][Traits::VTile::kBytes];
+  Sm90Unit units[Traits::kUnits];
+  // Of rows that are copied one by one, by each warp that does so.
+  uint64_t copied_rows[kGroupThreads / kWarpSize][kWarpSize];
+  alignas(16) int32_t plan_header[kPlanHeaderInts];
+  Sm90Search search;
   bool is_last_holder;
   uint64_t unit_wanted;
   uint64_t unit_found[Traits::kUnits];
@@ -92,6 +126,10 @@ struct alignas(1024) Sm90Memory {
   uint64_t k_empty[Traits::kStages];
   uint64_t v_full[Traits::kStages];
   uint64_t v_empty[Traits::kStages];
+
+  __device__ __forceinline__ const WorkGeometry& geometry() const {
+    return *reinterpret_cast<const WorkGeometry*>(plan_header);
+  }
 };
 
 // Place n of the line of tiles, or of units, in a ring of kSize, and the parity of its phase.

@@ -16,55 +16,60 @@ class Sm90Units {
 
  public:
   __device__ __forceinline__ Sm90Units(const ManyRowsSm90Params& params, Memory& memory)
-      : p_(params.attention),
-        g_(*reinterpret_cast<const WorkGeometry*>(params.attention.plan)),
-        box_tokens_(params.box_tokens),
-        memory_(memory) {}
+      : params_(params), p_(params.attention), memory_(memory) {}
 
-  // One thread calls this, as all below.
-  __device__ __forceinline__ void start() const {
-    memory_.walk.begin(p_, g_);
-    memory_.item.piece.num_rows = 0;
-    memory_.next_row = 0;
+  // One thread calls this, as all below; the plan's header need not be in shared memory yet.
+  __device__ __forceinline__ void start(const PlanView& plan, int32_t first_worker,
+                                        uint32_t num_dealt) const {
+    search().walk.begin(p_, plan, params_.num_reqs, first_worker, num_dealt);
+    search().item.group_size = params_.group_size;
+    search().item.piece.num_rows = 0;
+    search().next_row = 0;
   }
 
   __device__ __forceinline__ void next(Sm90Unit& unit) const {
-    if (memory_.next_row >= memory_.item.piece.num_rows) {
-      unit.exists = memory_.walk.next(p_, g_, memory_.item.piece, memory_.item.holders);
+    const WorkGeometry& g = memory_.geometry();
+    if (search().next_row >= search().item.piece.num_rows) {
+      unit.num_tiles = 0;
+      unit.exists = search().walk.next(p_, g, search().item.piece, search().item.holders);
       if (!unit.exists) return;
-      describe_item(p_, g_, memory_.item);
-      memory_.next_row = 0;
+      describe_item<typename Traits::Variant>(p_, g, search().item);
+      search().next_row = 0;
     }
     unit.exists = true;
-    unit.item = memory_.item;
-    unit.first_row = memory_.next_row;
-    memory_.next_row += kUnitRows;
-    unit.is_last = memory_.next_row >= unit.item.piece.num_rows;
-    set_tokens(unit);
+    unit.item = search().item;
+    unit.first_row = search().next_row;
+    search().next_row += kUnitRows;
+    unit.is_last = search().next_row >= unit.item.piece.num_rows;
+    set_tokens(g, unit);
   }
 
  private:
-  __device__ __forceinline__ void set_tokens(Sm90Unit& unit) const {
-    unit.tokens = rows_range(p_, g_, unit.item, unit.first_row, kUnitRows).some;
+  __device__ __forceinline__ Sm90Search& search() const { return memory_.search; }
+
+  __device__ __forceinline__ void set_tokens(const WorkGeometry& g, Sm90Unit& unit) const {
+    const KvRange tokens = rows_range(p_, g, unit.item, unit.first_row, kUnitRows).some;
     // Boxes begin where a page is a multiple of them.
-    const int begin = unit.tokens.begin;
-    unit.first_token = box_tokens_ == 0 || p_.pages.page_size == 1
-                           ? begin
-                           : begin - begin % static_cast<uint32_t>(box_tokens_);
-    const int num_tokens = unit.tokens.end - unit.first_token;
+    const bool begins_with_box = params_.has_maps() && p_.pages.page_size > 1;
+    const int early =
+        begins_with_box ? tokens.begin % static_cast<uint32_t>(params_.k.box_tokens) : 0;
+    const int first_token = tokens.begin - early;
+    unit.tokens = tokens;
+    unit.first_token = first_token;
+    const int num_tokens = tokens.end - first_token;
     unit.num_tiles =
-        begin < unit.tokens.end ? (num_tokens + Traits::kTokens - 1) / Traits::kTokens : 0;
+        tokens.begin < tokens.end ? (num_tokens + Traits::kTokens - 1) / Traits::kTokens : 0;
+#pragma unroll 1
     for (int group = 0; group < kNumGroups; ++group) {
       const int row = unit.first_row + group * kGroupRows;
-      const KvRange all = rows_range(p_, g_, unit.item, row, kGroupRows).all;
+      const KvRange all = rows_range(p_, g, unit.item, row, kGroupRows).all;
       unit.unmasked[group] = all;
       unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
     }
   }
 
+  const ManyRowsSm90Params& params_;
   const AttentionParams& p_;
-  const WorkGeometry& g_;
-  int32_t box_tokens_;
   Memory& memory_;
 };
 

@@ -3,31 +3,52 @@
 
 #include <fi_backend/attention/many_rows_loads.cuh>
 #include <fi_backend/attention/many_rows_products.cuh>
+#include <fi_backend/attention/variant.cuh>
 #include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
 
-// Grow a maximum only when weights would exceed 2^kMaxSlack: a weight may be above 1 as well as
-// below, and most tiles then leave O alone.
-inline constexpr float kMaxSlack = 8.f;
+// Grow a maximum only when weights would exceed 2^kManyRowsSlack: a weight may be above 1 as well
+// as below, and most tiles then leave O alone.
+inline constexpr float kManyRowsSlack = 8.f;
 
-// Rows m, h of a lane are 16 * m + 8 * h + lane / 4 of its warp. o is not normalised; sum counts
-// this lane's columns alone until sum_rows().
+inline constexpr float kLowestFloat = -3.402823466e38f;
+
+// Rows m, h of a lane are 16 * m + 8 * h + lane / 4 of its warp.
 template <class Traits>
-struct RowStates {
-  OutputTile<Traits> o;
+struct RowSums {
   float max[Traits::kRowBlocks][2];
-  float sum[Traits::kRowBlocks][2];
+  float sum[Traits::kRowBlocks][2];  // of this lane's columns alone until add_lanes()
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        max[m][h] = minus_infinity();
+        max[m][h] = first_maximum<typename Traits::Variant>();
         sum[m][h] = 0.f;
       }
+    }
+  }
+
+  __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum[m][h] = sum_over_lanes(sum[m][h], 4);
+    }
+  }
+};
+
+template <class Traits>
+struct RowStates {
+  OutputTile<Traits> o;  // not normalised
+  RowSums<Traits> sums;
+
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
       for (int j = 0; j < Traits::kVo / 8; ++j) {
 #pragma unroll
@@ -35,13 +56,9 @@ struct RowStates {
       }
     }
   }
-
-  __device__ __forceinline__ void sum_rows() {
-#pragma unroll
-    for (int m = 0; m < Traits::kRowBlocks; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) sum[m][h] = sum_over_lanes(sum[m][h], 4);
-    }
+  __device__ __forceinline__ void clear() {
+    sums.clear();
+    clear_output();
   }
 };
 
@@ -74,13 +91,13 @@ __device__ __forceinline__ void for_each_score(const AttentionParams& p, const W
   }
 }
 
-// Turn scores into logits: LogitTransform's steps, one after the other over all scores, because
+// Turn products into logits: LogitTransform's steps, one after the other over all scores, because
 // what a row needs to know about itself takes registers.
 template <class Traits>
 __device__ __forceinline__ void transform_logits(const AttentionParams& p, const WorkGeometry& g,
                                                  const ManyRowsItem& item, int first_row,
                                                  int first_token, ScoreTile<Traits>& s) {
-  const float cap = p.soft_cap * kLog2e;
+  const float cap = p.soft_cap * logit_unit<typename Traits::Variant>();
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
@@ -131,13 +148,89 @@ __device__ __forceinline__ void mask_logits(const AttentionParams& p, const Work
                          });
 }
 
+// Which of a lane's scores of a row, of a tile, its variant lets the row see: a bit each. What the
+// variant loads for them would take more registers than there are, so it does so for a few scores
+// at a time.
+template <class Traits, bool kIsMasked>
+__device__ __forceinline__ uint32_t seen_bits(const PieceVariant<typename Traits::Variant>& variant,
+                                              const variants::Row& row, int token) {
+  using Piece = PieceVariant<typename Traits::Variant>;
+  static_assert(Traits::kTokens / 4 <= 32, "a bit for each score");
+  uint32_t bits = 0;
+#pragma unroll 4
+  for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const variants::Pair at = Piece::template pair<kIsMasked>(row, token + 8 * j + e);
+      bits |= uint32_t{variant.sees(at)} << (2 * j + e);
+    }
+  }
+  return bits;
+}
+
+// Make a variant's scores of logits, of which a mask has hidden some where kIsMasked.
+template <class Traits, bool kIsMasked>
+__device__ __forceinline__ void apply_variant(const AttentionParams& p, const WorkGeometry& g,
+                                              const ManyRowsItem& item, int first_row,
+                                              int first_token, ScoreTile<Traits>& s) {
+  using Variant = typename Traits::Variant;
+  using Piece = PieceVariant<Variant>;
+  const Piece variant(p, item.piece);
+  const int token = lane_token(first_token);
+  const int lane = fresh_thread() % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = first_row + 16 * m + 8 * h + lane / 4;
+      const LogitRow tile = tile_row(p, g, item, min(i, item.piece.num_rows - 1));
+      const variants::Row row = variant.row(tile.qo_idx, tile.head);
+      uint32_t seen = ~0u;
+      if constexpr (kHasMask<Variant>) seen = seen_bits<Traits, kIsMasked>(variant, row, token);
+#pragma unroll
+      for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[m][j][2 * h + e];
+          const variants::Pair at = Piece::template pair<kIsMasked>(row, token + 8 * j + e);
+          x = variant.template score<kIsMasked>(x, at);
+          if (!(seen >> (2 * j + e) & 1)) x = hidden_score<Variant>();
+        }
+      }
+    }
+  }
+}
+
+// Turn products into scores. `unmasked`: tokens that all rows of the warp see.
+template <class Traits>
+__device__ __forceinline__ void make_scores(const AttentionParams& p, const WorkGeometry& g,
+                                            const ManyRowsItem& item, const KvRange& unmasked,
+                                            int first_row, int first_token, ScoreTile<Traits>& s) {
+  if (!item.is_scale_only) transform_logits<Traits>(p, g, item, first_row, first_token, s);
+  const bool is_masked =
+      first_token < unmasked.begin || first_token + Traits::kTokens > unmasked.end;
+  if (is_masked) mask_logits<Traits>(p, g, item, first_row, first_token, s);
+  if constexpr (kHasScores<typename Traits::Variant>) {
+    is_masked ? apply_variant<Traits, true>(p, g, item, first_row, first_token, s)
+              : apply_variant<Traits, false>(p, g, item, first_row, first_token, s);
+  }
+}
+
+__device__ __forceinline__ float max_over_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
 // Move the maxima of rows whose logits in s, times a positive scale, are far above. For each row of
 // a warp where any moves, on_move(m, h, factor) gets what turns weights under the old maximum into
 // weights under the new one. Returns whether it was called.
 template <class Traits, class Fn>
 __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float scale,
                                             RowStates<Traits>& rows, const Fn& on_move) {
+  if constexpr (!Traits::Variant::kUsesSoftmax) return false;
   constexpr int kColumns = Traits::kTokens / 8;
+  // Lanes of a row need not ask each other in most tiles; but with more rows that takes registers.
+  constexpr bool kAsksLate = Traits::kRowBlocks == 1;
   float top[Traits::kRowBlocks][2];
   bool grows = false;
 #pragma unroll
@@ -149,10 +242,9 @@ __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float sc
       for (int j = 1; j < kColumns; ++j) {
         highest = fmaxf(highest, fmaxf(s[m][j][2 * h], s[m][j][2 * h + 1]));
       }
-      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
+      if constexpr (!kAsksLate) highest = max_over_row(highest);
       top[m][h] = highest * scale;
-      grows |= top[m][h] > rows.max[m][h] + kMaxSlack;
+      grows |= top[m][h] > rows.sums.max[m][h] + kManyRowsSlack;
     }
   }
   if (!__any_sync(kFullWarp, grows)) return false;
@@ -160,12 +252,13 @@ __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float sc
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float old_max = rows.max[m][h];
+      if constexpr (kAsksLate) top[m][h] = max_over_row(top[m][h]);
+      const float old_max = rows.sums.max[m][h];
       const float new_max = fmaxf(old_max, top[m][h]);
       // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
       const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);
-      rows.max[m][h] = new_max;
-      rows.sum[m][h] *= factor;
+      rows.sums.max[m][h] = new_max;
+      rows.sums.sum[m][h] *= factor;
       on_move(m, h, factor);
     }
   }
@@ -183,27 +276,31 @@ __device__ __forceinline__ void scale_output(OutputTile<Traits>& o, int m, int h
 }
 
 // Turn s, times the scale the logits of a tile, into weights under the rows' maxima, and add them
-// to the rows' sums.
+// to the rows' sums. Without softmax they are weights, and nobody needs their sums.
 template <class Traits>
 __device__ __forceinline__ void add_weights(ScoreTile<Traits>& s, float scale,
                                             RowStates<Traits>& rows) {
+  if constexpr (Traits::Variant::kUsesSoftmax) {
 #pragma unroll
-  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+    for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float max = rows.max[m][h];
-      const float base = max == minus_infinity() ? 0.f : -max;
-      float sum = 0.f;
+      for (int h = 0; h < 2; ++h) {
+        // Not -inf - -inf where a row has seen no key: its weights are 0 under any finite maximum.
+        const float base = -fmaxf(rows.sums.max[m][h], kLowestFloat);
+        // An addition takes longer than a weight: two sums, where there are no other rows beside.
+        constexpr int kSums = 2;
+        float sum[kSums] = {};
 #pragma unroll
-      for (int j = 0; j < Traits::kTokens / 8; ++j) {
+        for (int j = 0; j < Traits::kTokens / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[m][j][2 * h + e];
-          x = ptx::exp2_approx(fmaf(x, scale, base));
-          sum += x;
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[m][j][2 * h + e];
+            x = ptx::exp2_approx(fmaf(x, scale, base));
+            sum[e % kSums] += x;
+          }
         }
+        rows.sums.sum[m][h] += kSums == 1 ? sum[0] : sum[0] + sum[kSums - 1];
       }
-      rows.sum[m][h] += sum;
     }
   }
 }

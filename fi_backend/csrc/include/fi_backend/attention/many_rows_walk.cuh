@@ -14,10 +14,33 @@ struct ItemHolders {
   int32_t count;
 };
 
+// gridDim.x, read anew, so that it takes no register where there is none to spare.
+__device__ __forceinline__ uint32_t fresh_num_blocks() {
+  uint32_t num_blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(num_blocks));
+  return num_blocks;
+}
+
+// Where a request's whole items are in the order in which they are dealt.
+struct RequestItems {
+  RequestSpan span;
+  int32_t request;
+  uint32_t first;  // item
+  uint32_t num_tiles;
+  uint32_t num_items;
+  uint32_t section_heads;
+};
+
 // One thread of a block walks for all. Where it stands is in shared memory.
 struct ManyRowsWalk {
   LinePosition next_start;  // of a cut line: where the next piece begins
   int32_t worker;           // and the worker of the plan whose pieces these are
+  // Of whole items:
+  uint32_t num_items;
+  uint32_t num_dealt;  // in the order of blocks, before blocks ask for more
+  bool has_item;       // this block has taken one
+  bool deals_items;
+  RequestItems items;  // of the request that the last one is of
 
   __device__ __forceinline__ static PlanView plan_of(const AttentionParams& p,
                                                      const WorkGeometry& g) {
@@ -25,50 +48,92 @@ struct ManyRowsWalk {
     return view_plan(const_cast<int32_t*>(p.plan), g.num_reqs, g.num_workers);
   }
 
-  __device__ __forceinline__ void begin(const AttentionParams& p, const WorkGeometry& g) {
-    worker = blockIdx.x;
-    next_start = plan_of(p, g).starts[kManyRows][worker];
+  // `first`: the block's first worker; gridDim.x further on come its others. `dealt`: below that,
+  // it is its first whole item too, as of blocks that begin at once.
+  __device__ __forceinline__ void begin(const AttentionParams& p, const PlanView& plan,
+                                        int32_t num_reqs, int32_t first, uint32_t dealt) {
+    worker = first;
+    num_dealt = dealt;
+    has_item = false;
+    items.request = 0;
+    items.first = 0;
+    items.num_items = 0;
+    // All is loaded at once.
+    const int32_t has_work = plan.has_work[kManyRows];
+    const LinePosition start = plan.starts[kManyRows][worker];
+    const auto num_tiles = uint32_t(plan.prefix_cost[kManyRows][num_reqs]);
+    deals_items = has_work == kWholeItems;
+    num_items = num_tiles * uint32_t(p.num_kv_heads);
+    next_start = start;
   }
 
   // False past the last piece; not to be called again after that. Whole items have no holders.
   __device__ __forceinline__ bool next(const AttentionParams& p, const WorkGeometry& g,
                                        WorkPiece& piece, ItemHolders& holders) {
     const PlanView plan = plan_of(p, g);
-    if (plan.has_work[kManyRows] == kWholeItems) return next_item(p, g, plan, piece);
+    if (deals_items) return next_item(p, g, plan, piece);
     const LinePosition* starts = plan.starts[kManyRows];
     while (
         !next_piece(g, kManyRows, p.qo_indptr, p.kv_lens, starts[worker + 1], next_start, piece)) {
-      worker += gridDim.x;
+      worker += fresh_num_blocks();
       if (worker >= g.num_workers) return false;
       next_start = starts[worker];
     }
-    if (!piece.whole()) holders = find_holders(plan.cuts[kManyRows], piece);
+    if (!piece.whole()) holders = find_holders(p, g, piece);
     return true;
   }
 
  private:
-  // Every block asks until there is none left; the last one to ask leaves the counter at 0.
-  __device__ __forceinline__ static bool next_item(const AttentionParams& p, const WorkGeometry& g,
-                                                   const PlanView& plan, WorkPiece& piece) {
-    const int64_t* tiles_before = plan.prefix_cost[kManyRows];
-    const uint32_t num_heads = g.num_kv_heads;
-    const uint32_t num_items = uint32_t(tiles_before[g.num_reqs]) * num_heads;
-    int32_t* num_taken = plan.finished[kManyRows] + g.num_workers;
-    const uint32_t taken = atomicAdd(num_taken, 1);
-    if (taken + 1 == num_items + gridDim.x) *num_taken = 0;
-    if (taken >= num_items) return false;
-    const int32_t r = last_at_most(tiles_before, 0, g.num_reqs, taken / num_heads);
-    const auto before = uint32_t(tiles_before[r]);
-    const auto num_tiles = uint32_t(tiles_before[r + 1]) - before;
-    const RequestSpan span = request_span(p.qo_indptr, p.kv_lens, g.num_reqs, r);
-    LinePosition at = whole_item(g, r, span.kv_len, num_tiles, taken - before * num_heads);
-    const LinePosition end = {g.num_reqs, 0, 0, 0};
-    take_piece(g, kManyRows, span, end, at, piece);
+  // Blocks ask a counter for items until there is none left; the last one to ask leaves it at 0.
+  // Those that are dealt before save their blocks the time that the counter takes to answer.
+  __device__ __forceinline__ bool next_item(const AttentionParams& p, const WorkGeometry& g,
+                                            const PlanView& plan, WorkPiece& piece) {
+    uint32_t item = worker;
+    if (has_item || item >= num_dealt) {
+      int32_t* counter = plan.finished[kManyRows] + g.num_workers;
+      const uint32_t asked = atomicAdd(counter, 1);
+      if (asked + 1 == num_items + fresh_num_blocks() - num_dealt) *counter = 0;
+      item = num_dealt + asked;
+    }
+    has_item = true;
+    if (item >= num_items) return false;
+    if (item - items.first >= items.num_items) find_request(p, g, plan, item);
+    const LinePosition at = whole_item(items.request, g.num_kv_heads, items.section_heads,
+                                       items.num_tiles, item - items.first);
+    piece.request = at.request;
+    piece.kv_head = at.kv_head;
+    piece.q_tile = at.q_tile;
+    piece.qo_begin = items.span.qo_begin;
+    piece.qo_len = items.span.qo_len;
+    piece.kv_len = items.span.kv_len;
+    piece.num_rows = num_tile_rows(g, kManyRows, piece.qo_len, piece.q_tile);
+    piece.item = item_tokens(g, kManyRows, piece.qo_len, piece.kv_len, piece.q_tile);
+    piece.tokens = piece.item;
     return true;
   }
 
-  __device__ __forceinline__ ItemHolders find_holders(const ItemCut* cuts,
+  // Find the request that an item is of; it is not before the one of the last item.
+  __device__ __forceinline__ void find_request(const AttentionParams& p, const WorkGeometry& g,
+                                               const PlanView& plan, uint32_t item) {
+    const int64_t* tiles_before = plan.prefix_cost[kManyRows];
+    const uint32_t num_heads = g.num_kv_heads;
+    const int32_t r = last_at_most(tiles_before, items.request, g.num_reqs, item / num_heads);
+    const auto before = uint32_t(tiles_before[r]);
+    items.request = r;
+    items.span = request_span(p.qo_indptr, p.kv_lens, g.num_reqs, r);
+    items.first = before * num_heads;
+    items.num_tiles = uint32_t(tiles_before[r + 1]) - before;
+    items.num_items = items.num_tiles * num_heads;
+    items.section_heads = section_heads(g, items.span.kv_len);
+  }
+
+  __device__ __forceinline__ ItemHolders find_holders(const AttentionParams& p,
+                                                      const WorkGeometry& g,
                                                       const WorkPiece& piece) const {
+    // Where the cuts lie is computed anew: there are no registers to keep it in.
+    auto* buffer = const_cast<int32_t*>(p.plan);
+    asm volatile("" : "+l"(buffer));
+    const ItemCut* cuts = view_plan(buffer, g.num_reqs, g.num_workers).cuts[kManyRows];
     const bool begins_item = piece.tokens.begin == piece.item.begin;
     const ItemCut cut = cuts[begins_item ? worker + 1 : worker];
     return {cut.first_holder, begins_item ? 0 : cut.rank, cut.num_holders};

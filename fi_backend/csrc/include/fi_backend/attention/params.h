@@ -12,6 +12,9 @@
 
 namespace fi {
 
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr int kMaxVariantBytes = 128;
+
 struct AttentionParams {
   const void* q;             // [num_rows, num_qo_heads, head_dim_qk]
   const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim_qk]
@@ -45,6 +48,7 @@ struct AttentionParams {
   float soft_cap;       // 0 = off
   float rope_scale;     // positions are divided by it
   float rope_theta;     // 0 = off; else q and K are rotated in the kernel, half-rotation layout
+  alignas(8) unsigned char variant[kMaxVariantBytes];  // its members, see attention/variant.h
 };
 
 }  // namespace fi

@@ -13,19 +13,21 @@ namespace fi {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) <= 64);
 
-// A tensor of four dimensions, the innermost one first and contiguous, and a box of its first two.
+// A tensor of five dimensions, the innermost one first and contiguous, and a box of it.
+// Dimensions may overlap in memory.
 struct TensorMapShape {
-  const void* base;     // aligned to 16 bytes
-  int64_t sizes[4];     // in elements
-  int64_t strides[3];   // of dimensions 1 to 3, in bytes; multiples of 16
-  int32_t box_rows;     // elements of dimension 1 in a box
-  int32_t box_columns;  // of dimension 0: 128 bytes
+  static constexpr int kDims = 5;
+
+  const void* base;            // aligned to 16 bytes
+  int64_t sizes[kDims];        // in elements
+  int64_t strides[kDims - 1];  // of dimensions 1 to 4, in bytes; multiples of 16
+  int64_t box[kDims];          // in elements; 128 bytes of dimension 0
 
   bool operator==(const TensorMapShape& other) const {
     return std::memcmp(this, &other, sizeof(*this)) == 0;
   }
 };
-static_assert(sizeof(TensorMapShape) == 72, "padding would be compared");
+static_assert(sizeof(TensorMapShape) == 15 * sizeof(int64_t), "padding would be compared");
 
 template <class T>
 inline constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -53,18 +55,22 @@ template <class T>
 bool encode_tensor_map(const TensorMapShape& shape, TensorMap& map) {
   static const auto encode = tensor_map_encoder();
   if (encode == nullptr) return false;
-  cuuint64_t sizes[4];
-  cuuint64_t strides[3];
-  for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(shape.sizes[i]);
+  constexpr int kDims = TensorMapShape::kDims;
+  cuuint64_t sizes[kDims];
+  cuuint64_t strides[kDims - 1];
+  cuuint32_t box[kDims];
+  cuuint32_t steps[kDims];
+  for (int i = 0; i < kDims; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(shape.sizes[i]);
+    box[i] = static_cast<cuuint32_t>(shape.box[i]);
+    steps[i] = 1;
+  }
   // A dimension of size 1 may have any stride, which nothing uses.
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i + 1 < kDims; ++i) {
     strides[i] = shape.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(shape.strides[i]) : 16;
   }
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(shape.box_columns),
-                             static_cast<cuuint32_t>(shape.box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result = encode(
-      reinterpret_cast<CUtensorMap*>(&map), kTensorMapType<T>, 4, const_cast<void*>(shape.base),
+      reinterpret_cast<CUtensorMap*>(&map), kTensorMapType<T>, kDims, const_cast<void*>(shape.base),
       sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <fi_backend/plan/device_plan_params.h>
+#include <fi_backend/plan/shared_sms.h>
 #include <fi_backend/plan/whole_items.h>
 
 #include <fi_backend/plan/device_cuts.cuh>
@@ -17,6 +18,7 @@ inline constexpr int kPlanMaxThreads = 512;
 
 struct PlanMemory {
   int64_t warp_cost[kWarpSize];      // cost of the requests of each warp
+  int64_t warp_other[kWarpSize];     // that in the other line
   int64_t warp_chunks[kWarpSize];    // of their items, if those are cut at chunks of a fixed size
   int32_t warp_items[kWarpSize];     // those of them that are in the line
   uint32_t warp_largest[kWarpSize];  // cost of one of them
@@ -94,7 +96,8 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   const auto load_span = [&](int32_t r) { return request_span(p.qo_indptr, p.kv_lens, end, r); };
   int64_t through = 0;  // cost of the warp's requests up to this lane's
   int64_t of_warp = 0;
-  int32_t items = 0;  // of this lane, one for all heads
+  int64_t other = 0;  // of this lane, as what follows
+  int32_t items = 0;  // one for all heads
   uint32_t largest = 0;
   int64_t chunks = 0;
   ItemsLoad whole = {0, 0, 0};
@@ -107,6 +110,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
     largest = max(largest, clamp_cost(cost));
     items += num_q_tiles(g, kLine, span.qo_len) > 0;
+    other += other_line_cost(g, kLine, {span.qo_len, span.kv_len});
     if (kLine == kFewRows) chunks += num_fixed_chunks(g, {span.qo_len, span.kv_len});
     if constexpr (kLine == kManyRows) {
       whole.num_items += num_q_tiles(g, kLine, span.qo_len);
@@ -118,9 +122,11 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   }
   items = __reduce_add_sync(kFullWarp, items);
   largest = __reduce_max_sync(kFullWarp, largest);
+  if (g.shares_sms) other = sum_over_warp(other);
   if (g.split > 0) chunks = sum_over_warp(chunks);
   if (lane == 0) {
     memory.warp_cost[warp] = of_warp;
+    memory.warp_other[warp] = other;
     memory.warp_chunks[warp] = chunks;
     memory.warp_items[warp] = items;
     memory.warp_largest[warp] = largest;
@@ -139,8 +145,9 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
   items = __reduce_add_sync(kFullWarp, lane < num_warps ? memory.warp_items[lane] : 0);
   largest = __reduce_max_sync(kFullWarp, lane < num_warps ? memory.warp_largest[lane] : 0u);
+  if (g.shares_sms) other = sum_over_warp(lane < num_warps ? memory.warp_other[lane] : 0);
   if (g.split > 0) chunks = sum_over_warp(lane < num_warps ? memory.warp_chunks[lane] : 0);
-  const LineLoad load = {items, total, chunks, largest, num_rows};
+  const LineLoad load = {items, total, chunks, largest, num_rows, other};
   const int32_t active = active_workers(g, kLine, load);
   int32_t has_work = total > 0 ? kCutLine : kNoWork;
   if constexpr (kLine == kManyRows) {
@@ -148,7 +155,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     whole.num_items = sum_over_warp(lane < num_warps ? memory.warp_tiles[lane] : 0);
     whole.num_items *= g.num_kv_heads;
     whole.longest = max_over_warp(lane < num_warps ? memory.warp_longest[lane] : 0);
-    if (deals_whole_items(g, whole)) has_work = kWholeItems;
+    if (deals_whole_items(g, whole, active)) has_work = kWholeItems;
   }
 
   // Add what other warps have before.
@@ -164,7 +171,10 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     prefix[0] = 0;
     memory.samples[0] = 0;
     plan.has_work[kLine] = has_work;
-    if (kLine == kFewRows) *plan.geometry = g;
+    if constexpr (kLine == kFewRows) {
+      *plan.geometry = g;
+      *plan.few_row_blocks = few_row_blocks(g, load);
+    }
   }
   __syncthreads();
   if (has_work == kWholeItems) {

@@ -2,8 +2,8 @@
 //
 // A work item is (request, kv head, query tile) with the range of kv tokens its rows can see. A
 // step has two lines of items, because requests with few rows are bound by reading KV and requests
-// with many rows by arithmetic: each line has its own kernel. Which line a request stands in
-// follows from its own query length alone.
+// with many rows by arithmetic: each line has its own kernel, or its own part of one. Which line a
+// request stands in follows from its own query length alone.
 #pragma once
 
 #include <fi_backend/common/div.h>
@@ -31,6 +31,7 @@ struct WorkGeometry {
   int32_t item_overhead;     // cost of an item besides its keys, in units (work_cost.h)
   int32_t blocks_per_sm;     // of the few-row kernel, for few rows; 0 = all workers are active
   int32_t section_tokens;    // whose K and V, of one head, fit the L2 cache; see whole_item()
+  int32_t shares_sms;        // 0 or 1: one kernel runs both lines, see shared_sms.h
 };
 
 struct RequestLens {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fi_backend/plan/item_cuts.h>
+#include <fi_backend/plan/shared_sms.h>
 #include <fi_backend/plan/whole_items.h>
 
 namespace fi {
@@ -15,7 +16,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
   for (int line = 0; line < kNumLines; ++line) {
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
-    LineLoad load = {0, 0, 0, 0, qo_indptr[geometry.num_reqs]};
+    LineLoad load = {0, 0, 0, 0, qo_indptr[geometry.num_reqs], 0};
     ItemsLoad items = {0, 0, 0};
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
@@ -23,6 +24,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       prefix[r + 1] = prefix[r] + cost;
       load.num_requests += num_q_tiles(geometry, line, lens.qo_len) > 0;
       if (clamp_cost(cost) > load.largest) load.largest = clamp_cost(cost);
+      load.other_cost += other_line_cost(geometry, line, lens);
       if (line == kFewRows) load.num_chunks += num_fixed_chunks(geometry, lens);
       if (line == kManyRows) {
         items.num_items +=
@@ -31,8 +33,10 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       }
     }
     int64_t total = items.cost = load.cost = prefix[geometry.num_reqs];
+    const int32_t active = active_workers(geometry, line, load);
     plan.has_work[line] = total > 0 ? kCutLine : kNoWork;
-    if (line == kManyRows && deals_whole_items(geometry, items)) {
+    if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load);
+    if (line == kManyRows && deals_whole_items(geometry, items, active)) {
       plan.has_work[line] = kWholeItems;
       total = 0;  // to be cut
       for (int32_t r = 0; r < geometry.num_reqs; ++r) {
@@ -40,7 +44,6 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
         prefix[r + 1] = prefix[r] + num_q_tiles(geometry, line, qo_len);
       }
     }
-    const int32_t active = active_workers(geometry, line, load);
     for (int32_t w = 0; w <= geometry.num_workers; ++w) {
       plan.finished[line][w] = 0;
       const int64_t cost = w < active ? worker_cost(total, active, w) : total;

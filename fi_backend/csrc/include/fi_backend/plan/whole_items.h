@@ -32,13 +32,13 @@ FI_HOST_DEVICE int64_t longest_item(const WorkGeometry& g, const RequestLens& le
 }
 
 // True if all items are dealt whole: they cannot be cut, or that takes little longer than equal
-// parts would.
-FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& load) {
+// parts for so many workers would.
+FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& load,
+                                      int64_t workers) {
   constexpr int kMergeTokens = 640;   // keys in the time it takes to write parts and merge them
   constexpr int kMaxItems = 1 << 30;  // for short divisions when they are dealt
   if (g.blocks_per_sm == 0 || load.num_items == 0 || load.num_items > kMaxItems) return false;
   if (g.split != 0) return true;
-  const int64_t workers = active_workers(g, kManyRows, {});
   const int64_t share = divide_index(load.cost, workers).quot;
   const int64_t mean = divide_index(load.cost, load.num_items).quot;
   const int64_t in_last_round = divide_index(load.num_items - 1, workers).rem + 1;
@@ -54,22 +54,27 @@ FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& lo
 
 FI_HOST_DEVICE uint32_t ceil_div32(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-// Item `index` of a request, in the order in which whole items are dealt: kv heads whose keys and
-// values fit the L2 cache together, and among these the last tiles, which see most under a causal
-// mask, of all heads first.
-FI_HOST_DEVICE LinePosition whole_item(const WorkGeometry& g, int32_t request, int32_t kv_len,
-                                       uint32_t num_tiles, uint32_t index) {
+// Kv heads of a request that make up a section: their keys and values fit the L2 cache together.
+FI_HOST_DEVICE uint32_t section_heads(const WorkGeometry& g, int32_t kv_len) {
   const uint32_t num_heads = g.num_kv_heads;
   const uint32_t fitting = uint32_t(g.section_tokens) / (kv_len > 0 ? kv_len : 1);
   const uint32_t num_sections = fitting < 1 ? num_heads : ceil_div32(num_heads, fitting);
-  const uint32_t section_heads = ceil_div32(num_heads, num_sections);
+  return ceil_div32(num_heads, num_sections);
+}
+
+// Item `index` of a request, in the order in which whole items are dealt: by sections of
+// `section_heads` kv heads, and among these the last tiles, which see most under a causal mask, of
+// all heads first.
+FI_HOST_DEVICE LinePosition whole_item(int32_t request, uint32_t num_heads, uint32_t section_heads,
+                                       uint32_t num_tiles, uint32_t index) {
   const uint32_t section = index / (section_heads * num_tiles);
-  const uint32_t in_section = index % (section_heads * num_tiles);
+  const uint32_t in_section = index - section * section_heads * num_tiles;
   const uint32_t first_head = section * section_heads;
   const uint32_t rest = num_heads - first_head;
   const uint32_t heads = section_heads < rest ? section_heads : rest;
-  return {request, static_cast<int32_t>(first_head + in_section % heads),
-          static_cast<int32_t>(num_tiles - 1 - in_section / heads), 0};
+  const uint32_t tile = in_section / heads;
+  return {request, static_cast<int32_t>(first_head + in_section - tile * heads),
+          static_cast<int32_t>(num_tiles - 1 - tile), 0};
 }
 
 }  // namespace fi

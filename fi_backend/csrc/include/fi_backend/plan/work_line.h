@@ -60,6 +60,7 @@ FI_HOST_DEVICE int32_t legal_cut(const WorkGeometry& g, int line, int32_t num_to
 struct PlanView {
   WorkGeometry* geometry;
   int32_t* has_work;                // [kNumLines], 0 if the line has no item; see whole_items.h
+  int32_t* few_row_blocks;          // [1], see few_row_blocks()
   int64_t* prefix_cost[kNumLines];  // [num_reqs + 1], cost of the line's requests before r
   LinePosition* starts[kNumLines];  // [num_workers + 1]
   ItemCut* cuts[kNumLines];         // [num_workers + 1]; {w, 0, 1} where w begins at an item's edge
@@ -68,8 +69,9 @@ struct PlanView {
                                     // the last one is of whole items
 };
 
-constexpr int kPlanHeaderInts = 16;
-constexpr int kHasWorkInt = 14;  // place of has_work in the header
+constexpr int kPlanHeaderInts = 20;
+constexpr int kHasWorkInt = 16;  // places in the header
+constexpr int kFewRowBlocksInt = kHasWorkInt + kNumLines;
 static_assert(sizeof(WorkGeometry) <= kHasWorkInt * sizeof(int32_t), "header too small");
 
 FI_HOST_DEVICE int64_t plan_ints(int64_t num_reqs, int64_t num_workers) {
@@ -80,6 +82,7 @@ FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num
   PlanView plan;
   plan.geometry = reinterpret_cast<WorkGeometry*>(buffer);
   plan.has_work = buffer + kHasWorkInt;
+  plan.few_row_blocks = buffer + kFewRowBlocksInt;
   const int64_t num_costs = int64_t{num_reqs} + 1;
   const int64_t num_starts = int64_t{num_workers} + 1;
   auto* cost = reinterpret_cast<int64_t*>(buffer + kPlanHeaderInts);
@@ -200,6 +203,7 @@ struct LineLoad {
   int64_t num_chunks;  // of all items, if they are only cut at chunks of a fixed size
   uint32_t largest;    // cost of a request, see clamp_cost()
   int64_t num_rows;    // of q, those of the other line included
+  int64_t other_cost;  // of the other line, if g.shares_sms
 };
 
 FI_HOST_DEVICE uint32_t clamp_cost(int64_t cost) {
@@ -230,14 +234,22 @@ FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks
   return best;
 }
 
+// True if a step has but few rows on average. Kernels are chosen by the same rule, though by the
+// rows that q has room for.
+FI_HOST_DEVICE bool has_few_rows(const WorkGeometry& g, int64_t num_rows) {
+  return num_rows <= int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
+}
+
+// Multiprocessors of a GPU that a plan for so many workers is for.
+FI_HOST_DEVICE int32_t planned_sms(int32_t num_workers) { return (num_workers + 2) / 3; }
+
 // The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
 // fit where that is worth it. In between, some SMs would have twice the work of others. Equal items
 // are cut into equal pieces, or not at all, if that leaves few without work; or, with one block an
 // SM, if it adds less than the second piece that a worker across the border of an item has.
 FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
-  const uint32_t num_sms = uint32_t(g.num_workers + 2) / 3;
-  const int64_t small_rows = int64_t{g.num_reqs} * (kSmallItemRows / g.group_size);
-  const uint32_t num_blocks = load.num_rows <= small_rows ? g.blocks_per_sm : 1;
+  const uint32_t num_sms = planned_sms(g.num_workers);
+  const uint32_t num_blocks = has_few_rows(g, load.num_rows) ? g.blocks_per_sm : 1;
   const int64_t num_items = load.num_requests * g.num_kv_heads;
   const int64_t pieces = min64(load.cost / kWorthStarting, num_items * kManyPieces);
   const bool needs_all = max64(pieces, load.cost / kWorthMerging) >= 2 * int64_t{num_sms};
@@ -262,13 +274,6 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
     if (is_worth_it && !is_cut) return static_cast<int32_t>(resident - without_work);
   }
   return static_cast<int32_t>(active);
-}
-
-// The first so many workers of a line get work.
-FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, const LineLoad& load) {
-  if (g.blocks_per_sm == 0) return g.num_workers;
-  // One block of the many-row kernel fits an SM.
-  return line == kFewRows ? active_few_row_workers(g, load) : (g.num_workers + 2) / 3;
 }
 
 // Cost at which worker w of a line begins, without overflow.

@@ -24,6 +24,22 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
                : "memory");
 }
 
+// What is read once: lines that make room in the L2 cache before all others do.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copy 16 bytes past L1, into L2 by a policy.
+__device__ __forceinline__ void cp_async_16_by(uint64_t policy, uint32_t shared,
+                                               const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
+      "l"(global), "l"(policy)
+      : "memory");
+}
+
 // Close the group of copies this thread has started since the last call. It may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::); }
 

@@ -22,14 +22,24 @@
 
 namespace fi::ptx {
 
-// A matrix in shared memory, in rows of 128 bytes whose eight 16-byte chunks are permuted: chunk c
-// of row r is at c ^ (r % 8). The first row's address is a multiple of 1024. A row continues
-// `continued` bytes after its begin. Adding bytes / 16 to a descriptor moves it.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t continued) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | uint64_t{continued >> 4} << 16 | (address & 0x3ffff) >> 4;
-}
+// A matrix in shared memory, in blocks of eight rows of 128 bytes whose 16-byte chunks are
+// permuted: chunk c of row r is at c ^ (r % 8). Blocks begin at multiples of 1024.
+struct WgmmaMatrix {
+  uint32_t low;
+  uint32_t high;
+
+  // The next eight rows lie `next_rows` bytes after a block, and rows continue `next_columns` bytes
+  // after it.
+  __device__ __forceinline__ WgmmaMatrix(uint32_t address, uint32_t next_rows,
+                                         uint32_t next_columns)
+      : low((next_columns >> 4) << 16 | (address & 0x3ffff) >> 4),
+        high((next_rows >> 4) | 1u << 30) {}
+
+  // The descriptor of what begins `bytes` further on.
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+    return uint64_t{high} << 32 | (low + (bytes >> 4));
+  }
+};
 
 // Order accesses to registers before the products that use them.
 __device__ __forceinline__ void wgmma_fence() {

@@ -4,6 +4,7 @@
 #include <fi_backend/attention/cpu/kv_tile.h>
 #include <fi_backend/attention/cpu/query_tile.h>
 #include <fi_backend/attention/cpu/scores.h>
+#include <fi_backend/attention/cpu/variant_scores.h>
 
 namespace fi::cpu {
 
@@ -11,6 +12,7 @@ template <class Traits>
 class Attend {
  public:
   using Out = typename Traits::Out;
+  using Variant = typename Traits::Variant;
   using Shape = TileShape<Traits>;
   using C = typename Shape::C;
 
@@ -50,7 +52,7 @@ class Attend {
   void attend(KvRange tokens, const KeyRange& next) {
     for (int b = 0; b < queries_.num_blocks(); ++b) {
       const RowBlock& block = queries_.block(b);
-      std::fill_n(block.max, block.num_lanes(), -INFINITY);
+      std::fill_n(block.max, block.num_lanes(), first_maximum<Variant>());
       std::fill_n(block.sum, block.num_lanes(), 0.0f);
     }
     std::fill_n(is_empty_, Shape::kNumBlocks, true);
@@ -121,8 +123,12 @@ class Attend {
       const float* o = o_row(row);
       Out* out = static_cast<Out*>(params_.out) + token * params_.out_row_stride +
                  packed.head * params_.out_head_stride;
+      const BlockVariant<Variant> variant(params_, piece_, &packed);
       for_each_vector(Shape::kVo, [&](int d, int count) {
-        store_some(out + d, factor == 0.0f ? VecF{} : load(o + d) * factor, count);
+        float values[kLanes];
+        store(values, factor == 0.0f ? VecF{} : load(o + d) * factor);
+        variant.change_output(0, d, values, count);
+        store_some(out + d, load(values), count);
       });
     }
   }
@@ -138,6 +144,9 @@ class Attend {
   // Write a row's lse, if wanted, and return the factor from its state to its output: 0 where it
   // saw no key.
   float finish_row(int row, int head, float* lse) const {
+    const float v_scale =
+        params_.v_scale != nullptr ? params_.v_scale[piece_.kv_head] : params_.v_scale_value;
+    if constexpr (!Variant::kUsesSoftmax) return v_scale;
     float sum = queries_.sum()[row];
     if (sum == 0.0f) {
       if (lse != nullptr) *lse = -INFINITY;
@@ -155,8 +164,6 @@ class Attend {
       top = merged;
     }
     if (lse != nullptr) *lse = top + std::log2(sum) + origin;
-    const float v_scale =
-        params_.v_scale != nullptr ? params_.v_scale[piece_.kv_head] : params_.v_scale_value;
     return scale / sum * v_scale;
   }
 
@@ -167,7 +174,8 @@ class Attend {
       const int seen = std::min(end_key, block.some_end) - keys.first;
       if (seen <= 0 || block.some_begin >= end_key) continue;
       score(block, queries_.block_q(b), seen);
-      const int num_keys = softmax_tile(block, logits_, scores_, seen, keys.first);
+      const BlockVariant<Variant> variant(params_, piece_, &queries_.packed_row(b * kBlockRows));
+      const int num_keys = softmax_tile(block, logits_, variant, scores_, seen, keys.first);
       value_tile<Shape::kColumns>({scores_, block.width}, keys_.values(), num_keys,
                                   is_empty_[b] ? nullptr : block.alpha, block.num_rows,
                                   o_row(b * kBlockRows));

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <fi_backend/attention/cpu/weight.h>
+#include <fi_backend/attention/params.h>
+
+#include <algorithm>
 
 namespace fi::cpu {
-
-constexpr float kLog2e = 1.44269504088896341f;
 
 // From q . k to a base-2 logit; fixed for a kv head.
 struct LogitTransform {
@@ -44,8 +45,8 @@ struct RowBlock {
 
 inline VecI load_ints(const int32_t* p) { return load_bytes<VecI>(p); }
 
-// Turn products into logits and put -inf where a row does not see a key.
-inline void transform_logits(const RowBlock& block, const LogitTransform& x, float* s,
+// Turn products into logits, in units of `unit`, and put -inf where a row does not see a key.
+inline void transform_logits(const RowBlock& block, const LogitTransform& x, float unit, float* s,
                              int num_vectors, int32_t first_key, int32_t end_key) {
   const int lanes = block.num_lanes();
   const int step = block.keys_per_vector();
@@ -61,7 +62,7 @@ inline void transform_logits(const RowBlock& block, const LogitTransform& x, flo
       float* p = s + u * lanes + c;
       VecF v = load(p) * x.scale;
       if (x.soft_cap != 0) v = x.soft_cap * tanh(v / x.soft_cap);
-      v = v * kLog2e;
+      v = v * unit;
       if (x.has_alibi) v = fma(__builtin_convertvector(key - position, VecF), slope, v);
       const VecI visible = (key >= first) & (key <= last) & (key + offset < end_key);
       store(p, select(visible, v, broadcast(-INFINITY)));
@@ -127,18 +128,24 @@ inline VecF column_weights(float* column, int stride, int num_vectors, float sca
 
 // Turn the products of one tile of keys into weights [keys, width], in place, and update the rows'
 // state. Returns the number of keys that have weights: num_keys up to a whole vector.
-inline int softmax_tile(const RowBlock& block, const LogitTransform& x, float* s, int num_keys,
-                        int32_t first_key) {
+template <class BlockVariant>
+int softmax_tile(const RowBlock& block, const LogitTransform& x, const BlockVariant& variant,
+                 float* s, int num_keys, int32_t first_key) {
   const int lanes = block.num_lanes();
   const int step = block.keys_per_vector();
   const int num_vectors = (num_keys + step - 1) / step;
   const int32_t end_key = first_key + num_keys;
   float scale = x.scale * kLog2e;
-  if (!x.is_scale_only() || first_key < block.all_begin || end_key > block.all_end ||
-      num_vectors * step != num_keys) {
-    transform_logits(block, x, s, num_vectors, first_key, end_key);
+  if (BlockVariant::kHasScores || !x.is_scale_only() || first_key < block.all_begin ||
+      end_key > block.all_end || num_vectors * step != num_keys) {
+    transform_logits(block, x, BlockVariant::kLogitUnit, s, num_vectors, first_key, end_key);
     if (x.mask != nullptr) apply_custom_mask(block, x, s, num_vectors, first_key, end_key);
     scale = 1.0f;
+  }
+  if constexpr (BlockVariant::kHasScores) variant.make_scores(block, s, num_vectors, first_key);
+  if constexpr (!BlockVariant::kUsesSoftmax) {
+    std::fill_n(block.alpha, lanes, 1.0f);  // scores are weights, and nobody needs their sums
+    return num_vectors * step;
   }
   // Phase by phase over all columns of vectors, so that their latencies overlap.
   constexpr int kMaxColumns = 64 / kLanes;

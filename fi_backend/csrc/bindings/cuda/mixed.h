@@ -1,0 +1,65 @@
+// Binding of the kernel that runs both lines of a plan.
+#pragma once
+
+#include <bindings/cuda/attention.h>
+#include <bindings/run_count.h>
+#include <fi_backend/attention/few_rows_shape.h>
+#include <fi_backend/attention/many_rows_shape.h>
+#include <fi_backend/attention/mixed_rows_launch.h>
+
+namespace fi::bindings {
+
+template <class Q_, class Kv_, class Out_, int kHeadDimQk_, int kHeadDimVo_, class Variant_>
+struct MixedTraits {
+  using Q = Q_;
+  using Kv = Kv_;
+  using Out = Out_;
+  using Variant = Variant_;
+  static constexpr int kHeadDimQk = kHeadDimQk_;
+  static constexpr int kHeadDimVo = kHeadDimVo_;
+  static constexpr const char* kName = "mixed";
+  static constexpr bool kHasRope = false;
+
+  // Both lines write theirs at the same time. Only as many workers of the many-row line as there
+  // are SMs get work.
+  static int64_t many_floats(int64_t num_workers) {
+    const int rows = many_row_tile(kHeadDimQk, kHeadDimVo);
+    return ManyRowsPartials{rows, kHeadDimVo}.floats(planned_sms(num_workers));
+  }
+  static int64_t few_floats(int64_t num_workers) {
+    return PartialArea{cuda_few_rows_limit(kHeadDimQk, kHeadDimVo), kHeadDimVo, 1}.floats(
+        num_workers);
+  }
+  static int64_t partial_floats(int64_t num_workers) {
+    return many_floats(num_workers) + few_floats(num_workers);
+  }
+  static int64_t invariant_partial_floats(int64_t num_workers) {
+    return many_floats(num_workers) + kMaxChunks * few_floats(num_workers);
+  }
+  static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
+                            cudaStream_t stream) {
+    const MixedRowsLaunch mixed = {launch.num_reqs,       launch.num_workers,
+                                   launch.num_rows,       launch.num_pages,
+                                   launch.partial_floats, many_floats(launch.num_workers),
+                                   launch.enable_pdl};
+    const cudaError_t status = launch_mixed_rows(params, mixed, stream);
+    if (status == cudaSuccess) count_attention_run();
+    return status;
+  }
+};
+
+// True if the module has code for the current device.
+inline bool mixed_is_available() {
+  bool result = false;
+  return has_mixed_rows(result) == cudaSuccess && result;
+}
+
+// traces int64 [num_blocks, 5], on the CPU; see BlockTrace.
+inline void take_block_traces(TensorView traces) {
+  check_tensor("traces", traces, kDtypeOf<int64_t>, {kAnySize, 5}, kCpu);
+  const auto num_blocks = static_cast<int>(traces.size(0));
+  check_launch("mixed",
+               fi::take_block_traces(static_cast<BlockTrace*>(traces.data_ptr()), num_blocks));
+}
+
+}  // namespace fi::bindings

@@ -1,0 +1,95 @@
+// Both lines of a step in one kernel for sm_90a: requests with few query rows keep memory busy
+// while those with many keep the tensor cores busy.
+//
+// A CTA fills an SM. As many as the plan says (plan/shared_sms.h) begin with the few-row line, the
+// others with the many-row line; who is done with few rows goes on with what is left of the other
+// line. Both use the same shared memory, one after the other.
+#pragma once
+
+#include <fi_backend/attention/few_rows.cuh>
+#include <fi_backend/attention/many_rows_sm90.cuh>
+#include <fi_backend/attention/mixed_rows_trace.cuh>
+
+namespace fi {
+
+struct MixedRowsParams {
+  ManyRowsSm90Params many;
+  FewRowsParams few;  // with other partials than many has
+};
+
+// The few-row line reads K and V once and from memory, the other line many times and from L2.
+template <class Traits>
+struct StreamingFewRows : Traits {
+  static constexpr bool kEvictsFirst = true;
+};
+
+template <class Few, class Many>
+constexpr int mixed_rows_bytes(int few_bytes) {
+  constexpr int kManyBytes = int(sizeof(Sm90Memory<Many>));
+  return few_bytes > kManyBytes ? few_bytes : kManyBytes;
+}
+
+// The stages that the few-row line may have beside nothing else on an SM.
+template <class Few>
+constexpr FewRowsShape mixed_few_rows_shape() {
+  constexpr int kBytes = 227 * 1024;
+  return few_rows_shape<Few>(kBytes, 0);
+}
+
+#if FI_HAS_WGMMA
+// The few-row line's shared memory becomes the other line's, whose tiles the copy engine writes.
+template <class Few>
+__device__ __forceinline__ void leave_few_rows(const FewRowsParams& p, uint8_t* shared_memory) {
+  ptx::fence_async_proxy();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    auto& shared = *reinterpret_cast<FewRowsShared<Few>*>(shared_memory);
+    const auto invalidate = [](const SlotBarriers* slots, int count) {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        ptx::mbarrier_invalidate(ptx::shared_address(&slots[i].full));
+        ptx::mbarrier_invalidate(ptx::shared_address(&slots[i].empty));
+      }
+    };
+    invalidate(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys));
+    invalidate(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues));
+    invalidate(shared.unit_barriers, Few::kUnitSlots);
+  }
+  __syncthreads();
+}
+#endif
+
+// Grid: at most a CTA per SM. Trace: NoTrace, or what records when a block was at which line.
+template <class Few, class Many, class Trace>
+__global__ void __launch_bounds__(kSm90LaunchBound, 1)
+    mixed_rows_kernel(const __grid_constant__ MixedRowsParams params) {
+  ptx::grid_dependency_wait();
+#if FI_HAS_WGMMA
+  static_assert(Few::kThreads <= kSm90Threads, "a block does either line");
+  extern __shared__ __align__(1024) uint8_t mixed_shared_memory[];
+  const int32_t* plan = params.many.attention.plan;
+  // What is known here is asked for again later: few rows leave no register to keep it in.
+  const int few_blocks = min(plan[kFewRowBlocksInt], int(fresh_num_blocks()));
+  if (fresh_block() < few_blocks) {
+    Trace::begin(kFewRows);
+    if (fresh_thread() < Few::kThreads) {
+      run_few_rows<Few>(params.few, mixed_shared_memory, fresh_block(), few_blocks);
+    } else {
+      __syncthreads();
+    }
+    Trace::end(kFewRows);
+    if (plan[kHasWorkInt + kManyRows] == kNoWork) return;
+    leave_few_rows<Few>(params.few, mixed_shared_memory);
+  }
+  // The line's first workers are the blocks that begin with it.
+  const int num_blocks = fresh_num_blocks();
+  const int others = num_blocks - min(plan[kFewRowBlocksInt], num_blocks);
+  const int block = fresh_block() + others;
+  Trace::begin(kManyRows);
+  run_many_rows<Many>(params.many, *reinterpret_cast<Sm90Memory<Many>*>(mixed_shared_memory),
+                      block < num_blocks ? block : block - num_blocks, others);
+  Trace::end(kManyRows);
+#endif
+}
+
+}  // namespace fi

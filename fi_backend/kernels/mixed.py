@@ -1,0 +1,83 @@
+"""Attention of requests with few and with many query rows in one launch, on GPUs of sm_90."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fi_backend.errors import ToolchainError
+from fi_backend.jit import KernelSpec, arch
+from fi_backend.kernels import attention_variant
+from fi_backend.kernels.attention_cuda import line_spec
+
+__all__ = ["is_served", "mixed_spec"]
+
+_HEAD_DIMS = (64, 96, 128, 192)
+
+
+def is_served(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    variant: attention_variant.Variant = None,
+) -> bool:
+    """Return whether modules are compiled for sm_90a, and these types and sizes have such a kernel.
+
+    Args:
+        q_dtype: as for mixed_spec().
+        kv_dtype: as for mixed_spec().
+        o_dtype: any that the kernels of both lines take.
+        head_dim_qk: as for mixed_spec().
+        head_dim_vo: as for mixed_spec().
+        variant: any.
+    """
+    if q_dtype != kv_dtype or head_dim_qk != head_dim_vo or head_dim_qk not in _HEAD_DIMS:
+        return False
+    try:
+        return any(target.digits == "90a" for target in arch.resolve())
+    except ToolchainError:  # nothing can be compiled; whoever tries is told so
+        return False
+
+
+def mixed_spec(
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    variant: attention_variant.Variant = None,
+    trace: bool = False,
+) -> KernelSpec:
+    """Describe the kernel that runs both lines of a plan.
+
+    Args:
+        q_dtype: float16 or bfloat16.
+        kv_dtype: q_dtype.
+        o_dtype: float32, float16 or bfloat16.
+        head_dim_qk: 64, 96, 128 or 192.
+        head_dim_vo: head_dim_qk.
+        variant: the C++ type of a custom variant, and its definition.
+        trace: record when each thread block was at which line; take_block_traces() of the module
+            reads it.
+    """
+    spec = line_spec(
+        "mixed",
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        variant=variant,
+    )
+    tracer = ("trace", "BlockTracer" if trace else "NoTrace")
+    return replace(
+        spec,
+        name=spec.name + ("_trace" if trace else ""),
+        parameters=tuple(sorted((*spec.parameters, tracer))),
+        supported_majors=(9,),
+    )
