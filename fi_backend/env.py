@@ -198,6 +198,10 @@ LOCK_TIMEOUT = Variable(
 
 # How calls behave.
 CHECKED = _boolean("CHECKED", "Validate page ids and index pointers on the host before each run.")
+SEPARATE_LAUNCHES = _boolean(
+    "SEPARATE_LAUNCHES",
+    "Run requests with few and with many query rows in launches of their own, also on sm_90.",
+)
 DISABLE = _boolean("DISABLE", "Do not register with any engine.")
 AUTO = _boolean("AUTO", "Serve an engine even when it did not ask for us by name.")
 LOGLEVEL = Variable(

@@ -63,6 +63,22 @@ def test_kernels_for_a_gpu() -> None:
         specs_for_model(LLAMA | {"torch_dtype": "float32"}, "cuda")
 
 
+def test_one_launch_for_both_lines_is_of_sm90_and_can_be_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def has_mixed() -> bool:
+        return "mixed_cuda_bf16_bf16_bf16_d128x128" in {
+            spec.name for spec in specs_for_model(LLAMA, "cuda")
+        }
+
+    monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", "8.0")
+    assert not has_mixed()
+    monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", "9.0")
+    assert has_mixed()
+    monkeypatch.setenv("FI_BACKEND_SEPARATE_LAUNCHES", "1")
+    assert not has_mixed()
+
+
 def layer(head_dim: int, **options: Any) -> AttentionSpec:
     return AttentionSpec(
         num_qo_heads=4, num_kv_heads=2, head_dim_qk=head_dim, q_dtype=torch.bfloat16, **options

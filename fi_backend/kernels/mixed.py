@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fi_backend import env
 from fi_backend.errors import ToolchainError
 from fi_backend.jit import KernelSpec, arch
 from fi_backend.kernels import attention_variant
@@ -27,6 +28,8 @@ def is_served(
 ) -> bool:
     """Return whether modules are compiled for sm_90a, and these types and sizes have such a kernel.
 
+    FI_BACKEND_SEPARATE_LAUNCHES turns it off: a plan serves two launches as well, if more slowly.
+
     Args:
         q_dtype: as for mixed_spec().
         kv_dtype: as for mixed_spec().
@@ -36,6 +39,8 @@ def is_served(
         variant: any.
     """
     if q_dtype != kv_dtype or head_dim_qk != head_dim_vo or head_dim_qk not in _HEAD_DIMS:
+        return False
+    if env.SEPARATE_LAUNCHES.get():
         return False
     try:
         return any(target.digits == "90a" for target in arch.resolve())
