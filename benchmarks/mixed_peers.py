@@ -7,25 +7,12 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.mixed_steps import BF16, HEAD_DIM, NUM_KV_HEADS, NUM_QO_HEADS, PAGE_SIZE, Step
-
-Call = Callable[[], object]
+from benchmarks.peers import Call, load_peers
 
 
 def load(step: Step) -> dict[str, Call]:
-    """Plan each peer for a step; return by name the call that returns its output.
-
-    A peer that does not import here, or refuses the step, is named and left out.
-    """
-    found = {}
-    for name, make in PEERS.items():
-        try:
-            call = make(step)
-            call()
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as reason:
-            print(f"{name} is not measured: {repr(reason)[:200]}")
-            continue
-        found[name] = call
-    return found
+    """Plan each peer for a step; return by name the call that returns its output."""
+    return load_peers(PEERS, step)
 
 
 def _fa3(step: Step) -> Call:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers import Call, load_peers
 from benchmarks.prefill_steps import BF16, Cell, Step
-
-Call = Callable[[], object]
 
 
 def start_compiling(cells: Sequence[Cell], pool: Executor) -> list[Future[None]]:
@@ -40,20 +39,8 @@ def _compile_flashinfer(backend: str, head_dim: int, has_window: bool) -> None:
 
 
 def load(step: Step) -> dict[str, Call]:
-    """Plan each peer for a step; return by name the call that returns its output.
-
-    A peer that does not import here, or refuses the step, is named and left out.
-    """
-    found = {}
-    for name, make in PEERS.items():
-        try:
-            call = make(step)
-            call()
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as reason:
-            print(f"{name} is not measured: {repr(reason)[:200]}")
-            continue
-        found[name] = call
-    return found
+    """Plan each peer for a step; return by name the call that returns its output."""
+    return load_peers(PEERS, step)
 
 
 def _flashinfer(backend: str, step: Step) -> Call:

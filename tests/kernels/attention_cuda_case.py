@@ -81,3 +81,24 @@ def check(load: Load, case: Case) -> None:
 def bits(x: torch.Tensor) -> torch.Tensor:
     """Return the bit patterns of a tensor of 16-bit or 32-bit floats."""
     return x.view(torch.int16 if x.itemsize == 2 else torch.int32)
+
+
+def check_same_bits_beside_noise(load: Load, case: Case) -> None:
+    """Judge a run, then compare 100 more with it while another stream keeps the GPU busy."""
+    inputs = make_inputs(case)
+    kernels = load(case)
+    arguments = gpu_arguments(kernels, case, inputs)
+    kernels.run(**arguments)
+    judge(case, inputs, arguments["out"].cpu(), arguments["lse"].cpu())
+    first, first_lse = arguments["out"].clone(), arguments["lse"].clone()
+    noise = torch.randn(2048, 2048, device="cuda")
+    side = torch.cuda.Stream()
+    for i in range(100):
+        with torch.cuda.stream(side):
+            for _ in range(i % 4):
+                noise = noise @ noise * 1e-3
+        arguments["out"].fill_(7)
+        arguments["lse"].fill_(7)
+        kernels.run(**arguments, enable_pdl=i % 2 == 1)
+        assert torch.equal(bits(arguments["out"]), bits(first))
+        assert torch.equal(arguments["lse"], first_lse)

@@ -12,7 +12,15 @@ from fi_backend import jit
 from fi_backend.kernels import attention_cuda, device_plan, mixed
 from fi_backend.kernels.attention_cuda import CudaLineKernels
 from tests.kernels.attention_case import MASKS, Case, judge, make_inputs
-from tests.kernels.attention_cuda_case import Load, bits, check, gpu_arguments, loader, run
+from tests.kernels.attention_cuda_case import (
+    Load,
+    bits,
+    check,
+    check_same_bits_beside_noise,
+    gpu_arguments,
+    loader,
+    run,
+)
 from tests.reference import Mask
 
 pytestmark = [
@@ -129,23 +137,7 @@ def test_same_bits_while_another_stream_disturbs(load: Load, split: int) -> None
     """Runs of one plan find its counters at zero, whoever was done with few rows first."""
     requests = ((1, 2000),) * 20 + ((5, 900), (500, 3000), (33, 40), (90, 700))
     case = replace(STEP, requests=requests, num_qo_heads=8, num_kv_heads=2, split=split)
-    inputs = make_inputs(case)
-    kernels = load(case)
-    arguments = gpu_arguments(kernels, case, inputs)
-    kernels.run(**arguments)
-    judge(case, inputs, arguments["out"].cpu(), arguments["lse"].cpu())
-    first, first_lse = arguments["out"].clone(), arguments["lse"].clone()
-    noise = torch.randn(2048, 2048, device="cuda")
-    side = torch.cuda.Stream()
-    for i in range(100):
-        with torch.cuda.stream(side):
-            for _ in range(i % 4):
-                noise = noise @ noise * 1e-3
-        arguments["out"].fill_(7)
-        arguments["lse"].fill_(7)
-        kernels.run(**arguments, enable_pdl=i % 2 == 1)
-        assert torch.equal(bits(arguments["out"]), bits(first))
-        assert torch.equal(arguments["lse"], first_lse)
+    check_same_bits_beside_noise(load, case)
 
 
 def plan_on_device(case: Case, arguments: dict[str, Any]) -> None:

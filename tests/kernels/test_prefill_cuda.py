@@ -10,7 +10,15 @@ import torch
 
 from fi_backend.kernels import attention_cuda
 from tests.kernels.attention_case import FP8, MASKS, Case, judge, make_inputs
-from tests.kernels.attention_cuda_case import Load, bits, check, gpu_arguments, loader, run
+from tests.kernels.attention_cuda_case import (
+    Load,
+    bits,
+    check,
+    check_same_bits_beside_noise,
+    gpu_arguments,
+    loader,
+    run,
+)
 from tests.reference import Mask
 
 pytestmark = pytest.mark.gpu
@@ -230,20 +238,4 @@ def test_same_bits_while_another_stream_disturbs(load: Load, split: int) -> None
     """Runs of one plan, its items cut or dealt whole, find its counters at zero."""
     case = Case(((500, 3000), (33, 40), (90, 700)), 8, 2, 128, 128, q_dtype=BF16, num_workers=132)
     case = replace(case, split=split)
-    inputs = make_inputs(case)
-    kernels = load(case)
-    arguments = gpu_arguments(kernels, case, inputs)
-    kernels.run(**arguments)
-    judge(case, inputs, arguments["out"].cpu(), arguments["lse"].cpu())
-    first, first_lse = arguments["out"].clone(), arguments["lse"].clone()
-    noise = torch.randn(2048, 2048, device="cuda")
-    side = torch.cuda.Stream()
-    for i in range(100):
-        with torch.cuda.stream(side):
-            for _ in range(i % 4):
-                noise = noise @ noise * 1e-3
-        arguments["out"].fill_(7)
-        arguments["lse"].fill_(7)
-        kernels.run(**arguments, enable_pdl=i % 2 == 1)
-        assert torch.equal(bits(arguments["out"]), bits(first))
-        assert torch.equal(arguments["lse"], first_lse)
+    check_same_bits_beside_noise(load, case)

@@ -66,10 +66,6 @@ struct PartialSlot {
     __stcg(values(row, column), part.values);
     if (column == 0) __stcg(state(row), make_float2(part.max, part.sum));
   }
-  __device__ __forceinline__ RowPart load(int row, int column) const {
-    const float2 s = __ldcg(state(row));
-    return {s.x, s.y, __ldcg(values(row, column))};
-  }
 };
 
 // The merge of two rows of an item by a warp, in key order. Each half of the warp looks after the
