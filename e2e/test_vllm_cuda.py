@@ -233,7 +233,12 @@ def test_our_kernels_run_inside_the_graphs(name: str, result: Callable[[str], Re
     def count(part: str) -> int:
         return sum(times for kernel, times in kernels.items() if part in kernel)
 
-    assert count("few_rows_kernel") == count("many_rows") == len(run["layers"]) * steps > 0
+    # Decode steps launch the few-row kernel alone; others one kernel for all rows, and mixed graphs
+    # that were captured for few rows an empty one for the rest.
+    runs = len(run["layers"]) * steps
+    assert count("few_rows_kernel") + count("mixed_rows_kernel") == runs > 0
+    if name == "decode graphs":
+        assert count("many_rows") == 0 < count("few_rows_kernel")
     assert count("device_plan") == steps
     assert not [kernel for kernel in kernels if "flash" in kernel.lower()]
 

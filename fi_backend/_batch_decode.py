@@ -179,6 +179,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
                 self._stage_lens(lens),
                 page_indptr=indptr,
                 page_indices=indices,
+                max_qo_len=q_len,
             ),
             num_tokens=batch_size * q_len,
             split_tokens=options.split_tokens(page_size),

@@ -29,6 +29,7 @@ class PrefillStep:
         metadata: qo_indptr, then the page table, where the caller has them.
         kv_lens: int32 [batch_size], on the host or on the device.
         rows: query rows, if the host knows them.
+        max_qo_len: most query rows of a request, if the host knows them and no graph outlives them.
         mask: packed, on the device.
     """
 
@@ -37,6 +38,7 @@ class PrefillStep:
     metadata: dict[str, torch.Tensor]
     kv_lens: torch.Tensor
     rows: int | None
+    max_qo_len: int | None
     mask: _Mask
 
 
@@ -137,12 +139,15 @@ class PrefillWrapper(AttentionWrapper):
         """
         self._check_spec(spec, options.split_tokens(spec.page_size))
         rows = None if qo_lens is None else int(qo_lens.sum())
+        max_qo_len = None
+        if qo_lens is not None and qo_lens.numel() and not self.is_cuda_graph_enabled:
+            max_qo_len = int(qo_lens.max())
         if self.is_cuda_graph_enabled:
             self._check_batch_size(kv_lens.shape[0], self._buffers[0].shape[0] - 1)
             self._check_capacity(rows)
             self._check_staging(metadata)
         mask = self._resolve_mask(options, metadata["qo_indptr"], kv_lens)
-        return PrefillStep(options, spec, metadata, kv_lens, rows, mask)
+        return PrefillStep(options, spec, metadata, kv_lens, rows, max_qo_len, mask)
 
     def _plan_step(self, step: PrefillStep) -> None:
         """Bring a checked step to where runs read it, and plan it."""
@@ -162,6 +167,7 @@ class PrefillWrapper(AttentionWrapper):
                 self._stage_lens(step.kv_lens),
                 page_indptr=page_indptr,
                 page_indices=rest[0] if rest else None,
+                max_qo_len=step.max_qo_len,
             ),
             num_tokens=None if self.is_cuda_graph_enabled else step.rows,
             split_tokens=step.options.split_tokens(step.spec.page_size),

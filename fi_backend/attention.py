@@ -139,6 +139,7 @@ class PagedAttention:
                 page_indices=batch.page_indices,
                 block_table=batch.block_table,
                 request_rows=batch.request_rows,
+                max_qo_len=batch.max_qo_len,
                 alibi_slopes=alibi_slopes,
                 sinks=sinks,
                 custom_mask=custom_mask,

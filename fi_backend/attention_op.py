@@ -46,10 +46,11 @@ def _attention(
 _op = register(
     "attention(Tensor plan_buffer, Tensor(a!) partials, Tensor q, Tensor k_cache, Tensor v_cache, "
     "Tensor(b!) out, *, Tensor(c!)? lse, Tensor qo_indptr, Tensor kv_lens, Tensor? page_indptr, "
-    "Tensor? page_indices, Tensor? block_table, Tensor? request_rows, Tensor? alibi_slopes, "
-    "Tensor? sinks, Tensor? custom_mask, Tensor? mask_indptr, Tensor? k_scales, Tensor? v_scales, "
-    "float k_scale, float v_scale, float sm_scale, float logits_soft_cap, int window_left, "
-    "bool causal, float rope_scale, float rope_theta, int num_workers) -> ()",
+    "Tensor? page_indices, Tensor? block_table, Tensor? request_rows, int? max_qo_len, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? custom_mask, Tensor? mask_indptr, "
+    "Tensor? k_scales, Tensor? v_scales, float k_scale, float v_scale, float sm_scale, "
+    "float logits_soft_cap, int window_left, bool causal, float rope_scale, "
+    "float rope_theta, int num_workers) -> ()",
     _attention,
 )
 

@@ -26,6 +26,9 @@ class PagedBatch:
         page_indptr: int32 [R + 1], first entry of each request in `page_indices`.
         page_indices: int32 [num_entries], page ids. None means that request r's keys are the
             consecutive tokens from page_indptr[r] on (ragged keys and values, page_size 1).
+        max_qo_len: most query rows that a request has, or None if the host cannot tell. It saves a
+            GPU the launch for requests with many rows. A promise: rows beyond it may be left
+            out, and a CUDA graph holds all its replays to what it was captured with.
     """
 
     qo_indptr: torch.Tensor
@@ -34,6 +37,7 @@ class PagedBatch:
     request_rows: torch.Tensor | None = None
     page_indptr: torch.Tensor | None = None
     page_indices: torch.Tensor | None = None
+    max_qo_len: int | None = None
 
     @property
     def num_requests(self) -> int:
@@ -102,6 +106,8 @@ class PagedBatch:
             ValueError: a shape, device or row is not allowed.
         """
         device = self.qo_indptr.device
+        if self.max_qo_len is not None and self.max_qo_len < 0:
+            raise ValueError(f"max_qo_len must be at least 0 or None; got {self.max_qo_len}")
         check_tensor("kv_lens", self.kv_lens, shape=(None,), dtype=torch.int32, device=device)
         requests = self.num_requests
         check_tensor("qo_indptr", self.qo_indptr, shape=(requests + 1,), dtype=torch.int32)

@@ -229,4 +229,5 @@ def _check_values(batch: PagedBatch, page_size: int) -> int:
         page_indptr=batch.page_indptr,
         num_page_indices=None if batch.page_indices is None else batch.page_indices.shape[0],
         page_size=page_size,
+        max_qo_len=batch.max_qo_len,
     )

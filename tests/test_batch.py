@@ -86,6 +86,8 @@ CSR: dict[str, Any] = {
         (CSR | {"page_indptr": i32(0, 2, 5)}, ValueError, "page_indices must have at least .*5"),
         (CSR | {"page_indices": None}, ValueError, "page_size must be 1 .*got 4"),
         (CSR | {"kv_lens": i32(5, 9)}, ValueError, r"kv_lens\[1\] must be at most 8"),
+        (GOOD | {"max_qo_len": -1}, ValueError, "max_qo_len must be at least 0 .*-1"),
+        (GOOD | {"max_qo_len": 1}, ValueError, "max_qo_len .* got 1, and request 1 has 2"),
     ],
 )
 def test_bad_metadata_is_refused(

@@ -13,7 +13,7 @@ from test_attention_cuda import SPEC, to_gpu
 from torch.profiler import ProfilerActivity, profile
 
 import fi_backend
-from fi_backend import PagedAttention, Workspace, append_to_cache
+from fi_backend import PagedAttention, PagedBatch, Workspace, append_to_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +70,27 @@ def test_steps_launch_our_kernels_and_do_nothing_else() -> None:
     grown = [name for name, count in calls.items() if count > calls_of_one[name]]
     assert [name for name in grown if "Launch" in name]
     assert not [name for name in grown if any(part in name for part in UNWANTED)]
+
+
+def test_a_promise_of_few_rows_saves_the_launch_for_many() -> None:
+    requests, pages = 40, 3
+    rows = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
+    table = torch.arange(requests * pages, dtype=torch.int32, device="cuda").view(requests, pages)
+    kv_lens = torch.full((requests,), pages * SPEC.page_size, dtype=torch.int32, device="cuda")
+    shape = (requests * pages, SPEC.page_size, SPEC.num_kv_heads, SPEC.head_dim_qk)
+    kv = (
+        torch.randn(shape, dtype=SPEC.q_dtype, device="cuda"),
+        torch.randn(shape, dtype=SPEC.q_dtype, device="cuda"),
+    )
+    q = torch.randn(
+        requests, SPEC.num_qo_heads, SPEC.head_dim_qk, dtype=SPEC.q_dtype, device="cuda"
+    )
+    layer, outs, launched = PagedAttention(SPEC, "cuda"), [], []
+    for max_qo_len in (None, 1):
+        batch = PagedBatch(rows, kv_lens, block_table=table, max_qo_len=max_qo_len)
+        plan = fi_backend.plan(SPEC, batch, Workspace("cuda"))
+        outs.append(layer.run(plan, q, kv))
+        done, _ = trace(lambda plan=plan: layer.run(plan, q, kv))  # type: ignore[misc]
+        launched.append(sum(count for name, count in done.items() if "rows" in name))
+    assert torch.equal(*outs)
+    assert launched == [2, 1]

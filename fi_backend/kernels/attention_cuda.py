@@ -125,6 +125,9 @@ class CudaLineKernels:
         build([*specs, *mixed])
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
+        # Packed query rows of a request up to which the first kernel, for few rows, computes it.
+        has_few_rows = len(modules) > 1
+        self._few_rows_limit = modules[0].get_function("few_rows_limit")() if has_few_rows else 0
         found = [load(spec) for spec in mixed]
         found = [module for module in found if module.get_function("is_available")()]
         self._mixed_runs: list[Callable[..., None]] = [m.get_function("run") for m in found]
@@ -162,6 +165,7 @@ class CudaLineKernels:
         page_indices: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
         request_rows: torch.Tensor | None = None,
+        max_qo_len: int | None = None,
         alibi_slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         custom_mask: torch.Tensor | None = None,
@@ -199,6 +203,8 @@ class CudaLineKernels:
             page_indices: as there.
             block_table: as there.
             request_rows: as there.
+            max_qo_len: most query rows of a request, None if unknown. The many-row kernel is not
+                launched if none can have as many as that needs.
             alibi_slopes: as there.
             sinks: as there.
             custom_mask: as there.
@@ -221,11 +227,12 @@ class CudaLineKernels:
         """
         k_scales, k_value = (k_scale, 1.0) if isinstance(k_scale, torch.Tensor) else (None, k_scale)
         v_scales, v_value = (v_scale, 1.0) if isinstance(v_scale, torch.Tensor) else (None, v_scale)
-        runs = self._runs
-        if self._mixed_runs:
-            group_size = q.shape[1] // k_cache.shape[2]
-            if q.shape[0] > kv_lens.shape[0] * (_SMALL_ITEM_ROWS // group_size):
-                runs = self._mixed_runs
+        runs: Sequence[Callable[..., None]] = self._runs
+        if rope_theta == 0:  # else every request is of the second line
+            most_rows = q.shape[0] if max_qo_len is None else min(q.shape[0], max_qo_len)
+            runs = self._needed_runs(
+                q.shape[0], kv_lens.shape[0], most_rows, q.shape[1] // k_cache.shape[2]
+            )
         for run in runs:
             run(
                 q,
@@ -259,6 +266,16 @@ class CudaLineKernels:
                 enable_pdl,
                 *members,
             )
+
+    def _needed_runs(
+        self, num_rows: int, num_reqs: int, most_rows: int, group_size: int
+    ) -> Sequence[Callable[..., None]]:
+        """Choose by what the host knows of a step: an empty launch costs microseconds too."""
+        if most_rows * group_size <= self._few_rows_limit:
+            return self._runs[:1]
+        if self._mixed_runs and num_rows > num_reqs * (_SMALL_ITEM_ROWS // group_size):
+            return self._mixed_runs
+        return self._runs
 
 
 def load_lines(specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> CudaLineKernels:

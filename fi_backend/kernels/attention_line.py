@@ -93,6 +93,7 @@ class LineKernels:
         page_indices: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
         request_rows: torch.Tensor | None = None,
+        max_qo_len: int | None = None,
         alibi_slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         custom_mask: torch.Tensor | None = None,
@@ -126,6 +127,7 @@ class LineKernels:
             page_indices: int32 [page_indptr[-1]].
             block_table: int32 [*, max_pages], the other form of page table.
             request_rows: int32 or int64 [num_reqs], each request's row of block_table.
+            max_qo_len: most query rows of a request; of no use here, where the plan tells at once.
             alibi_slopes: float32 [num_qo_heads]; adds slope * (key index - query index).
             sinks: float32 [num_qo_heads], logits that join the softmax denominator.
             custom_mask: uint8, little-endian bits [qo_len, kv_len] per request.

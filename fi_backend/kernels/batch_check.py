@@ -22,6 +22,7 @@ def check_batch(
     page_indptr: torch.Tensor | None,
     num_page_indices: int | None,
     page_size: int,
+    max_qo_len: int | None = None,
 ) -> int:
     """Check offsets and lengths, and that the page table holds them; return qo_indptr[-1].
 
@@ -32,9 +33,11 @@ def check_batch(
         page_indptr: int32 [R + 1]; None with a block table.
         num_page_indices: entries that page_indptr counts; None without any.
         page_size: tokens a page holds.
+        max_qo_len: most query rows of a request; None for any number.
 
     Raises:
-        ValueError: an offset decreases or is negative, or a length does not fit its pages.
+        ValueError: an offset decreases or is negative, a length does not fit its pages, or a
+            request has too many query rows.
     """
     global _check
     if _check is None:
@@ -46,4 +49,5 @@ def check_batch(
         page_indptr,
         -1 if num_page_indices is None else num_page_indices,
         page_size,
+        -1 if max_qo_len is None else max_qo_len,
     )

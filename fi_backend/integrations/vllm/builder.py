@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec as KVCacheSpec
 from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
@@ -49,6 +49,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._encoder_only = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
+        self._rows_are_bounded = True
         impls = self._impls()
         self._num_layers = len(impls)
         self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
@@ -120,7 +121,11 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             slot_mapping=common.slot_mapping,
             causal=bool(common.causal),
-            batch=to_batch(common, encoder_only=self._encoder_only),
+            batch=to_batch(
+                common,
+                encoder_only=self._encoder_only,
+                max_qo_len=int(common.max_query_len) if self._rows_are_bounded else None,
+            ),
             reservation=self._reservation,
             plans={},
         )
@@ -128,3 +133,14 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             metadata.plan_for(key, spec)
         counters.count_step(self._num_layers)
         return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> FIMetadata:
+        """Translate and plan the dummy step that a graph is captured with."""
+        # A graph for mixed steps is captured with fewer tokens a request than it will see. Where
+        # only decode steps are in full graphs, each is of one number of tokens a request.
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        self._rows_are_bounded = mode.mixed_mode() != CUDAGraphMode.FULL
+        try:  # by build(), which vLLM's wrappers of builders override
+            return self.build(0, common_attn_metadata)
+        finally:
+            self._rows_are_bounded = True

@@ -13,13 +13,16 @@ from fi_backend.integrations.vllm.reservation import Reservation
 __all__ = ["FIMetadata", "to_batch"]
 
 
-def to_batch(common: Any, *, encoder_only: bool = False) -> PagedBatch:
+def to_batch(
+    common: Any, *, encoder_only: bool = False, max_qo_len: int | None = None
+) -> PagedBatch:
     """Name what vLLM already has; nothing is copied and no value is read.
 
     Args:
         common: a CommonAttentionMetadata: query_start_loc [R + 1], seq_lens [R] and
             block_table_tensor [R, max_blocks], int32. Padding requests have length 0.
         encoder_only: the keys are this step's own tokens; there is no cache.
+        max_qo_len: as PagedBatch has it.
     """
     if encoder_only:
         return PagedBatch.ragged(common.query_start_loc, common.query_start_loc)
@@ -27,6 +30,7 @@ def to_batch(common: Any, *, encoder_only: bool = False) -> PagedBatch:
         qo_indptr=common.query_start_loc,
         kv_lens=common.seq_lens,
         block_table=common.block_table_tensor,
+        max_qo_len=max_qo_len,
     )
 
 

@@ -33,14 +33,20 @@ inline void check_offsets(const char* name, const HostInts& offsets) {
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs], page_indptr int32 [num_reqs + 1].
 // max_kv_len: tokens that a row of the block table holds; -1 = there is none. num_page_indices: -1
-// = there are none. Returns the number of query rows.
+// = there are none. max_qo_len: most query rows of a request; -1 = any number. Returns the number
+// of query rows.
 inline int64_t check_batch(TensorView qo_indptr, TensorView kv_lens, int64_t max_kv_len,
                            Optional<TensorView> page_indptr, int64_t num_page_indices,
-                           int64_t page_size) {
+                           int64_t page_size, int64_t max_qo_len) {
   const HostInts lens("kv_lens", kv_lens, kAnySize);
   const HostInts rows("qo_indptr", qo_indptr, lens.size + 1);
   check_offsets("qo_indptr", rows);
   for (int64_t r = 0; r < lens.size; ++r) {
+    if (max_qo_len >= 0 && rows[r + 1] - rows[r] > max_qo_len) {
+      TVM_FFI_THROW(ValueError) << "max_qo_len must be at least the query rows of every request; "
+                                << "got " << max_qo_len << ", and request " << r << " has "
+                                << rows[r + 1] - rows[r];
+    }
     if (lens[r] < 0) {
       TVM_FFI_THROW(ValueError) << "kv_lens must be at least 0; got kv_lens[" << r
                                 << "] = " << lens[r];

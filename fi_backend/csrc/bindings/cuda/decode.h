@@ -19,10 +19,11 @@ struct DecodeTraits {
   static constexpr const char* kName = "decode";
   static constexpr bool kHasRope = false;
 
+  static int64_t few_rows_limit() { return cuda_few_rows_limit(kHeadDimQk, kHeadDimVo); }
+
   // Without a fixed split; batch-invariant mode needs kMaxChunks times as many.
   static int64_t partial_floats(int64_t num_workers) {
-    const int rows = cuda_few_rows_limit(kHeadDimQk, kHeadDimVo);
-    return PartialArea{rows, kHeadDimVo, 1}.floats(num_workers);
+    return PartialArea{static_cast<int32_t>(few_rows_limit()), kHeadDimVo, 1}.floats(num_workers);
   }
   static int64_t invariant_partial_floats(int64_t num_workers) {
     return kMaxChunks * partial_floats(num_workers);
