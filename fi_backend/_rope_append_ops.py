@@ -139,6 +139,28 @@ def _cuda_arguments(
     }
 
 
+def _float_angles(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the angles in float32, and where in them each token's are.
+
+    A cache of another dtype may be far longer than the step: its rows are converted, not all of it.
+    """
+    cache, positions = rows.cos_sin_cache, rows.pos_ids
+    dtypes = (torch.float32, rows.query.dtype)
+    check_tensor("cos_sin_cache", cache, shape=(None, None), dtype=dtypes)
+    if cache.dtype == torch.float32:
+        return cache, positions
+    dtypes = (torch.int32, torch.int64)
+    check_tensor("positions", positions, shape=rows.query.shape[:1], dtype=dtypes)
+    outside = (positions < 0) | (positions >= len(cache))
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"positions: must be in [0, {len(cache)}), the rows of cos_sin_cache, "
+            f"got positions[{at}] = {int(positions[at])}"
+        )
+    return cache[positions].float(), torch.arange(len(positions))
+
+
 def _rotate(rows: _Rows, step: _Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Return q and k, normalised and rotated, in float32; nothing is written before all is checked.
 
@@ -151,6 +173,7 @@ def _rotate(rows: _Rows, step: _Options) -> tuple[torch.Tensor, torch.Tensor]:
     heads = rows.key.shape[1]
     check_tensor("value", rows.value, shape=(shape[0], heads, None), dtype=dtype)
     check_tensor("out", rows.out, shape=shape, dtype=dtype)
+    angles, positions = _float_angles(rows)
     rotated = []
     for name, x, weight in (
         ("q_weight", rows.query, step.q_weight),
@@ -174,8 +197,8 @@ def _rotate(rows: _Rows, step: _Options) -> tuple[torch.Tensor, torch.Tensor]:
         k=k_rope,
         q_out=q_rope,
         k_out=k_rope,
-        positions=rows.pos_ids,
-        cos_sin_cache=rows.cos_sin_cache,
+        positions=positions,
+        cos_sin_cache=angles,
         head_dim=shape[2],
         interleave=step.interleave,
     )

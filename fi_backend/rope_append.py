@@ -47,8 +47,8 @@ def rope_append_to_cache(
         key: [num_tokens, num_kv_heads, head_dim], the dtype of `query`.
         value: [num_tokens, num_kv_heads, head_dim_vo], the dtype of `query`.
         positions: int32 or int64 [num_tokens], rows of `cos_sin_cache`.
-        cos_sin_cache: float32 [max_position, rotary_dim], cosines then sines. Values of a head
-            behind rotary_dim are not rotated.
+        cos_sin_cache: [max_position, rotary_dim], float32 or the dtype of `query`; cosines then
+            sines. Values of a head behind rotary_dim are not rotated.
         kv_cache: (k, v), each [num_pages, page_size, num_kv_heads, head_dim], views of any strides
             but a contiguous last dimension; float32, float16, bfloat16, float8_e4m3fn or
             float8_e5m2.
@@ -143,7 +143,7 @@ def rope_append_paged_kv_cache(
         key: [num_tokens, num_kv_heads, head_dim].
         value: [num_tokens, num_kv_heads, head_dim].
         pos_ids: int32 or int64 [num_tokens], rows of `cos_sin_cache`.
-        cos_sin_cache: float32 [max_position, rotary_dim].
+        cos_sin_cache: [max_position, rotary_dim], float32 or the dtype of `query`.
         batch_indices: int32 [num_tokens], the request of each token; K and V of a token with a
             negative one are not written.
         positions: int32 [num_tokens], where in its request each token goes.

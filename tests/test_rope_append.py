@@ -154,15 +154,38 @@ def test_slots(
     assert torch.equal(v, before[2])
 
 
+@dtypes
+@dims
+@layouts
+def test_angles_may_have_the_dtype_of_the_rows(
+    dtype: torch.dtype, cache_dtype: torch.dtype, dims: tuple[int, int, int], is_neox: bool
+) -> None:
+    """They are what their values are in float32, of tokens in a cache with other strides too."""
+    q, k, v = make_qkv(4, dtype, dims)
+    positions, slots = torch.tensor([7, 0, 49, 7]), torch.tensor([2, 9, -1, 20])
+    angles = make_angles(dims[1] + 32).to(dtype)[:, : dims[1]]
+
+    def run(angles: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        caches = make_caches(cache_dtype, dims)
+        out = fi_backend.rope_append_to_cache(
+            q, k, v, positions, angles, caches, slots, is_neox=is_neox
+        )
+        return [out, *(cache.float() for cache in caches)]
+
+    rounded, in_float = run(angles, positions.int()), run(angles.float(), positions)
+    assert all(torch.equal(*pair) for pair in zip(rounded, in_float, strict=True))
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16], ids=str)
 @layouts
 def test_bits_do_not_depend_on_the_number_of_tokens(
-    cache_dtype: torch.dtype, is_neox: bool
+    cache_dtype: torch.dtype, angle_dtype: torch.dtype, is_neox: bool
 ) -> None:
     """On CUDA few tokens take another kernel than many, whose threads hold up to 4 heads each."""
     tokens, dims = 2200, (128, 96, 128)
     q, k, v = make_qkv(tokens, torch.bfloat16, dims)
-    positions, angles = torch.randint(0, 50, (tokens,)), make_angles(dims[1])
+    positions, angles = torch.randint(0, 50, (tokens,)), make_angles(dims[1]).to(angle_dtype)
     slots = torch.randperm(tokens)
     weight = torch.randn(dims[0]).bfloat16()
     options: dict[str, Any] = {"is_neox": is_neox, "q_weight": weight, "k_scale": 0.3}
@@ -318,8 +341,11 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
         (ValueError, r"positions: shape must be \[3\], got \[2\]", lambda a: {
             "positions": a["positions"][:2],
         }),
-        (TypeError, "cos_sin_cache: dtype must be float32, got bfloat16", lambda a: {
-            "cos_sin_cache": a["cos_sin_cache"].bfloat16(),
+        (TypeError, "cos_sin_cache.* dtype .*float32.*bfloat16.* got .*float16", lambda a: {
+            "cos_sin_cache": a["cos_sin_cache"].half(),
+        }),
+        (ValueError, r"positions.* shape .*\[3\].* got \[2\]", lambda a: {
+            "cos_sin_cache": a["cos_sin_cache"].bfloat16(), "positions": a["positions"][:2],
         }),
         (ValueError, r"value_cache: shape must be", lambda a: {
             "kv_cache": (a["kv_cache"][0], a["kv_cache"][1][..., :8]),
@@ -353,16 +379,21 @@ def test_bad_arguments_write_nothing(error: type[Exception], message: str, chang
     ("message", "positions", "slots"),
     [
         (r"positions\[1\] = 50", [0, 50], [0, 1]),
+        (r"positions\[0\] = -1", [-1, 0], [0, 1]),
         ("slot", [0, 1], [0, PAGES * PAGE_SIZE]),
     ],
 )
-def test_bad_indices_are_refused(message: str, positions: list[int], slots: list[int]) -> None:
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bad_indices_are_refused(
+    message: str, positions: list[int], slots: list[int], angle_dtype: torch.dtype
+) -> None:
     dims = (64, 64, 64)
-    q, k, v = make_qkv(2, torch.float32, dims)
+    q, k, v = make_qkv(2, torch.bfloat16, dims)
+    angles = make_angles(64).to(angle_dtype)
     caches, before = make_caches(torch.float32, dims), q.clone()
     with pytest.raises(ValueError, match=message):
         fi_backend.rope_append_to_cache(
-            q, k, v, torch.tensor(positions), make_angles(64), caches, torch.tensor(slots), out=q
+            q, k, v, torch.tensor(positions), angles, caches, torch.tensor(slots), out=q
         )
     assert torch.equal(q, before)
     assert all((cache == 7.0).all() for cache in caches)

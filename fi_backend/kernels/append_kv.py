@@ -17,8 +17,8 @@ __all__ = [
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16, *_FP8)
-# Nothing here lets a caller ask for a programmatic dependent launch.
-_ENABLE_PDL = False
+# FlashInfer's calls have no argument for it; results do not depend on it.
+_ENABLE_PDL = True
 
 
 def append_spec() -> KernelSpec:

@@ -63,7 +63,7 @@ def rope_append_slots(
         value: [num_tokens, num_kv_heads, head_dim_vo], the dtype of `q`.
         q_out: like `q`; may be `q`.
         pos_ids: int32 or int64 [num_tokens], rows of `cos_sin_cache`.
-        cos_sin_cache: float32 [max_position, rotary_dim], cosines then sines.
+        cos_sin_cache: [max_position, rotary_dim], float32 or the dtype of `q`; cosines then sines.
         key_cache: [num_pages, page_size, num_kv_heads, head_dim], any strides but the last.
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_vo].
         slot_mapping: int32 or int64 [num_slots]; slot = page * page_size + offset. Tokens past its

@@ -77,13 +77,14 @@ def test_activations(cuda_module: Any, dtype: torch.dtype, hidden: int) -> None:
 
 @pytest.mark.parametrize("cell", [(BF16, BF16), (F16, E4M3), (F32, F32)], ids=str)
 @pytest.mark.parametrize("head_dim", [128, 50])
-def test_rope_append(cuda_module: Any, cell: tuple[Any, Any], head_dim: int) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rope_append(cuda_module: Any, cell: tuple[Any, Any], head_dim: int, rounded: bool) -> None:
     module = cuda_module(rope_append_spec, cell)
     dtype, cache_dtype = cell
     q, k, v = (torch.randn(40, heads, head_dim).to(dtype) for heads in (6, 3, 3))
     weight = torch.randn(head_dim).to(dtype)
     positions, slots = torch.randint(0, 64, (40,)), torch.randperm(64)[:40]
-    angles = torch.randn(64, head_dim)
+    angles = torch.randn(64, head_dim).to(dtype if rounded else F32)
     caches = [torch.zeros(4, 16, 3, head_dim).to(cache_dtype) for _ in "kv"]
     expected = fi_backend.rope_append_to_cache(
         q, k, v, positions, angles, (caches[0], caches[1]), slots, q_weight=weight, k_scale=0.5

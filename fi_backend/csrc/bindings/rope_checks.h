@@ -125,9 +125,10 @@ inline void set_frequencies(RopeParams& params, double rope_scale, double rope_t
   params.smooth_offset = static_cast<float>(smooth_offset);
 }
 
-// cos_sin_cache float32 [max_position, rotary_dim]; head_dim is an argument of its own.
-inline void check_cos_sin(const TensorView& cos_sin_cache, int64_t head_dim, DLDevice device) {
-  check_tensor("cos_sin_cache", cos_sin_cache, kDtypeOf<float>, {kAnySize, kAnySize}, device);
+// cos_sin_cache `dtype` [max_position, rotary_dim]; head_dim is an argument of its own.
+inline void check_cos_sin(const TensorView& cos_sin_cache, DLDataType dtype, int64_t head_dim,
+                          DLDevice device) {
+  check_tensor("cos_sin_cache", cos_sin_cache, dtype, {kAnySize, kAnySize}, device);
   if (head_dim < 1) {
     TVM_FFI_THROW(ValueError) << "head_size: must be at least 1, got " << head_dim;
   }
@@ -138,7 +139,8 @@ inline void set_cos_sin(RopeParams& params, const TensorView& positions,
                         const TensorView& cos_sin_cache, DLDevice device) {
   params.pos_ids_is_int64 = check_index_tensor("positions", positions, params.num_tokens, device);
   params.pos_ids = positions.data_ptr();
-  params.cos_sin = static_cast<const float*>(cos_sin_cache.data_ptr());
+  params.cos_sin = cos_sin_cache.data_ptr();
+  params.cos_sin_is_float = cos_sin_cache.dtype() == kDtypeOf<float>;
   params.cos_sin_stride = cos_sin_cache.stride(0);
   params.max_position = cos_sin_cache.size(0);
 }

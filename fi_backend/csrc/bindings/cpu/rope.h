@@ -52,7 +52,7 @@ template <class T>
 void rope_cos_sin(TensorView q, TensorView k, TensorView q_out, TensorView k_out,
                   TensorView positions, TensorView cos_sin_cache, int64_t head_dim, bool interleave,
                   int64_t num_threads) {
-  check_cos_sin(cos_sin_cache, head_dim, kCpu);
+  check_cos_sin(cos_sin_cache, kDtypeOf<float>, head_dim, kCpu);
   RopeParams params = checked_rope_params({q, k, q_out, k_out}, kDtypeOf<T>, head_dim,
                                           cos_sin_cache.size(1), interleave, kCpu);
   set_cos_sin(params, positions, cos_sin_cache, kCpu);

@@ -36,7 +36,7 @@ void rope_cos_sin(TensorView q, TensorView k, TensorView q_out, TensorView k_out
                   bool enable_pdl) {
   check_cuda("q", q);
   const DLDevice device = q.device();
-  check_cos_sin(cos_sin_cache, head_dim, device);
+  check_cos_sin(cos_sin_cache, kDtypeOf<float>, head_dim, device);
   RopeParams params = checked_rope_params({q, k, q_out, k_out}, kDtypeOf<T>, head_dim,
                                           cos_sin_cache.size(1), interleave, device);
   set_cos_sin(params, positions, cos_sin_cache, device);

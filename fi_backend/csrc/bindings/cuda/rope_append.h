@@ -9,8 +9,8 @@
 namespace fi::bindings {
 
 // What both forms take. q, q_out [num_tokens, num_qo_heads, head_dim]; key, value and the caches as
-// checked_append_params takes them; pos_ids and cos_sin_cache as set_cos_sin does; q_weight,
-// k_weight [head_dim].
+// checked_append_params takes them; pos_ids as set_cos_sin does; cos_sin_cache
+// [max_position, rotary_dim], float or the dtype of q; q_weight, k_weight [head_dim].
 struct RopeAppendArguments {
   TensorView q;
   TensorView q_out;
@@ -43,7 +43,13 @@ inline RopeAppendParams checked_rope_append_params(const RopeAppendArguments& a,
     TVM_FFI_THROW(ValueError) << "q and value: head_dim must be in [1, " << kMaxRopeAppendHeadDim
                               << "], got " << longest << "; call rope and append one by one";
   }
-  check_cos_sin(a.cos_sin_cache, head_dim, device);
+  const DLDataType angle_dtype = a.cos_sin_cache.dtype();
+  if (angle_dtype != kDtypeOf<float> && angle_dtype != dtype) {
+    TVM_FFI_THROW(TypeError) << "cos_sin_cache: dtype must be float32 or that of q, "
+                             << tvm::ffi::DLDataTypeToString(dtype) << ", got "
+                             << tvm::ffi::DLDataTypeToString(angle_dtype);
+  }
+  check_cos_sin(a.cos_sin_cache, angle_dtype, head_dim, device);
   params.rope = checked_rope_params({a.q, key, a.q_out, key}, dtype, head_dim,
                                     a.cos_sin_cache.size(1), a.interleave, device);
   set_cos_sin(params.rope, a.pos_ids, a.cos_sin_cache, device);

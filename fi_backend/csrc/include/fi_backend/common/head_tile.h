@@ -20,7 +20,7 @@ struct HeadTile {
 
 // All arguments are at least 1.
 inline HeadTile make_head_tile(int64_t num_rows, int num_heads, int accesses_per_head) {
-  const int x = accesses_per_head < 32 ? accesses_per_head : 32;
+  const int x = accesses_per_head < kHeadTileThreads ? accesses_per_head : kHeadTileThreads;
   // Spread the heads evenly over the blocks they need.
   const int heads_that_fit = kHeadTileThreads / x;
   const int blocks_per_row = (num_heads + heads_that_fit - 1) / heads_that_fit;

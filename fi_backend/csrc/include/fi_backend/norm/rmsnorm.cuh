@@ -115,7 +115,6 @@ __global__ void __launch_bounds__(kNormMaxThreads)
   for (int v = 0; v < kVecs; ++v) {
     if (!is_mine(v)) break;
     get_x<Traits>(input[v], residual[v], x[v]);
-    if constexpr (Traits::kHasResidual) InVec::from_floats(x[v]).store(row.residual + element(v));
     sum = add_squares(sum, x[v]);
   }
   sum = sum_over_threads<kNormMaxThreads>(sum, blockDim.x, threadIdx.x);
@@ -125,6 +124,8 @@ __global__ void __launch_bounds__(kNormMaxThreads)
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (!is_mine(v)) break;
+    // Both results leave together: memory turns round from reads to writes once a row.
+    if constexpr (Traits::kHasResidual) InVec::from_floats(x[v]).store(row.residual + element(v));
     scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, divide).store(row.out + element(v));
   }
   ptx::grid_dependency_launch();

@@ -3,9 +3,9 @@
 
 #include <fi_backend/common/div.h>
 #include <fi_backend/common/head_tile.h>
-#include <fi_backend/common/index_array.h>
 #include <fi_backend/page/append_params.h>
 
+#include <fi_backend/common/early_index.cuh>
 #include <fi_backend/common/scale_divider.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
@@ -27,22 +27,42 @@ struct CacheSlot {
   int64_t offset;
 };
 
-__device__ __forceinline__ CacheSlot find_slot(const AppendParams& p, int64_t token) {
-  constexpr CacheSlot kSkip = {-1, 0};
-  if (p.slot_mapping != nullptr) {
-    const int64_t slot = IndexArray{p.slot_mapping, p.slot_mapping_is_int64}[token];
-    if (slot < 0) return kSkip;
-    const QuotRem at = divide_index(slot, p.page_size);
-    return at.quot < p.num_pages ? CacheSlot{at.quot, at.rem} : kSkip;
+// Where a token goes: asked for by the constructor, before the rows; see EarlyIndex.
+class SlotLookup {
+ public:
+  SlotLookup() = default;
+  __device__ __forceinline__ SlotLookup(const AppendParams& p, int64_t token)
+      : by_slot_(p.slot_mapping != nullptr) {
+    if (by_slot_) {
+      slot_ = {{p.slot_mapping, p.slot_mapping_is_int64}, token};
+    } else {
+      request_ = p.batch_indices[token];
+      position_ = p.positions[token];
+    }
   }
-  const int32_t request = p.batch_indices[token];
-  const int32_t position = p.positions[token];
-  if (request < 0 || request >= p.num_requests || position < 0) return kSkip;
-  const int64_t entry = int64_t(p.kv_indptr[request]) + position / p.page_size;
-  if (entry < 0 || entry >= p.kv_indptr[request + 1] || entry >= p.num_kv_indices) return kSkip;
-  const int32_t page = p.kv_indices[entry];
-  return page >= 0 && page < p.num_pages ? CacheSlot{page, position % p.page_size} : kSkip;
-}
+
+  __device__ __forceinline__ CacheSlot find(const AppendParams& p) {
+    constexpr CacheSlot kSkip = {-1, 0};
+    if (by_slot_) {
+      const int64_t slot = slot_.get();
+      if (slot < 0) return kSkip;
+      const QuotRem at = divide_index(slot, p.page_size);
+      return at.quot < p.num_pages ? CacheSlot{at.quot, at.rem} : kSkip;
+    }
+    use_from_here(request_, position_);
+    if (request_ < 0 || request_ >= p.num_requests || position_ < 0) return kSkip;
+    const int64_t begin = p.kv_indptr[request_], end = p.kv_indptr[request_ + 1];
+    const int64_t entry = begin + position_ / p.page_size;
+    if (entry < 0 || entry >= end || entry >= p.num_kv_indices) return kSkip;
+    const int32_t page = p.kv_indices[entry];
+    return page >= 0 && page < p.num_pages ? CacheSlot{page, position_ % p.page_size} : kSkip;
+  }
+
+ private:
+  bool by_slot_;
+  EarlyIndex slot_;
+  int32_t request_, position_;
+};
 
 // Round to the cache's type.
 template <class Traits>
@@ -69,40 +89,54 @@ __device__ __forceinline__ typename Traits::CacheVec to_cache(const typename Tra
   }
 }
 
-// Block and grid: HeadTile over [num_tokens, num_kv_heads, max(head_dim_qk, head_dim_vo)].
+// Copy kVecSize values of one head of k and v, from element i on.
 template <class Traits>
-__global__ void __launch_bounds__(kHeadTileThreads)
-    append_kernel(const __grid_constant__ AppendParams p) {
+__device__ __forceinline__ void append_values(const AppendParams& p, int64_t token, int head, int i,
+                                              SlotLookup& lookup) {
   using In = typename Traits::In;
   using Cache = typename Traits::Cache;
   using InVec = typename Traits::InVec;
-  const PageStrides& kc = p.key_cache_strides;
-  const PageStrides& vc = p.value_cache_strides;
-  ptx::grid_dependency_wait();
-
-  const auto [token, head] = head_tile_position();
-  if (token >= p.num_tokens || head >= p.num_kv_heads) return;
   const In* key =
       static_cast<const In*>(p.key) + token * p.key_strides.token + head * p.key_strides.head;
   const In* value =
       static_cast<const In*>(p.value) + token * p.value_strides.token + head * p.value_strides.head;
-  const CacheSlot slot = find_slot(p, token);
+  // Start all loads before the slot is needed: it and they come in one trip.
+  InVec k, v;
+  if (i < p.head_dim_qk) k = InVec::load(key + i);
+  if (i < p.head_dim_vo) v = InVec::load(value + i);
+  const float k_scale = p.k_scale ? p.k_scale[head * p.k_scale_head_stride] : p.k_scale_value;
+  const float v_scale = p.v_scale ? p.v_scale[head * p.v_scale_head_stride] : p.v_scale_value;
+  const CacheSlot slot = lookup.find(p);
+  if (slot.page < 0) return;
+
+  const PageStrides& kc = p.key_cache_strides;
+  const PageStrides& vc = p.value_cache_strides;
   Cache* key_cache = static_cast<Cache*>(p.key_cache) + slot.page * kc.page +
                      slot.offset * kc.token + head * kc.head;
   Cache* value_cache = static_cast<Cache*>(p.value_cache) + slot.page * vc.page +
                        slot.offset * vc.token + head * vc.head;
-  const float k_scale = p.k_scale ? p.k_scale[head * p.k_scale_head_stride] : p.k_scale_value;
-  const float v_scale = p.v_scale ? p.v_scale[head * p.v_scale_head_stride] : p.v_scale_value;
+  if (i < p.head_dim_qk) to_cache<Traits>(k, k_scale).store(key_cache + i);
+  if (i < p.head_dim_vo) to_cache<Traits>(v, v_scale).store(value_cache + i);
+}
 
-  const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
-  for (int i = threadIdx.x * Traits::kVecSize; i < widest; i += blockDim.x * Traits::kVecSize) {
-    // Read both rows before the slot is needed: its look-up and these loads overlap.
-    InVec k, v;
-    if (i < p.head_dim_qk) k = InVec::load_once(key + i);
-    if (i < p.head_dim_vo) v = InVec::load_once(value + i);
-    if (slot.page < 0) continue;
-    if (i < p.head_dim_qk) to_cache<Traits>(k, k_scale).store(key_cache + i);
-    if (i < p.head_dim_vo) to_cache<Traits>(v, v_scale).store(value_cache + i);
+// Block and grid: HeadTile over [num_tokens, num_kv_heads, max(head_dim_qk, head_dim_vo)]; where
+// values move in vectors, all accesses of a head are in one block.
+template <class Traits>
+__global__ void __launch_bounds__(kHeadTileThreads)
+    append_kernel(const __grid_constant__ AppendParams p) {
+  constexpr int kVecSize = Traits::kVecSize;
+  ptx::grid_dependency_wait();
+
+  const auto [token, head] = head_tile_position();
+  if (token >= p.num_tokens || head >= p.num_kv_heads) return;
+  SlotLookup lookup(p, token);
+  if constexpr (kVecSize > 1) {
+    append_values<Traits>(p, token, head, threadIdx.x * kVecSize, lookup);
+  } else {
+    const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
+    for (int i = threadIdx.x; i < widest; i += blockDim.x) {
+      append_values<Traits>(p, token, head, i, lookup);
+    }
   }
   ptx::grid_dependency_launch();
 }

@@ -23,8 +23,9 @@ cudaError_t append(const AppendParams& p, cudaStream_t stream) {
   constexpr int kVec = kVecSizeFor<In, Cache>;
   const PageStrides& kc = p.key_cache_strides;
   const PageStrides& vc = p.value_cache_strides;
+  const int widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
   const bool is_vectorizable =
-      p.head_dim_qk % kVec == 0 && p.head_dim_vo % kVec == 0 &&
+      widest <= kVec * kHeadTileThreads && p.head_dim_qk % kVec == 0 && p.head_dim_vo % kVec == 0 &&
       is_aligned<In, kVec>(p.key, p.key_strides.token, p.key_strides.head) &&
       is_aligned<In, kVec>(p.value, p.value_strides.token, p.value_strides.head) &&
       is_aligned<Cache, kVec>(p.key_cache, kc.page, kc.token, kc.head) &&

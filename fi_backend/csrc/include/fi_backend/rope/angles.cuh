@@ -29,11 +29,11 @@ __device__ __forceinline__ TokenPosition find_position(const RopeParams& p, int6
   return {true, offsets[begin] + token - indptr[begin]};
 }
 
-// The row of the cos_sin cache for a token, nullptr if the cache has none.
-__device__ __forceinline__ const float* find_cached_angles(const RopeParams& p, int64_t token) {
-  const int64_t position = IndexArray{p.pos_ids, p.pos_ids_is_int64}[token];
+// The row of a position in a cos_sin cache of Angle, nullptr if the cache has none.
+template <class Angle>
+__device__ __forceinline__ const Angle* find_cached_angles(const RopeParams& p, int64_t position) {
   if (position < 0 || position >= p.max_position) return nullptr;
-  return p.cos_sin + position * p.cos_sin_stride;
+  return static_cast<const Angle*>(p.cos_sin) + position * p.cos_sin_stride;
 }
 
 // Half turns per position. In double, as the angle, so that its error is that of a float cosine at

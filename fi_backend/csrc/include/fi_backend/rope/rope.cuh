@@ -4,6 +4,7 @@
 #include <fi_backend/common/head_tile.h>
 #include <fi_backend/rope/rope_params.h>
 
+#include <fi_backend/common/early_index.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/rope/angles.cuh>
@@ -51,14 +52,51 @@ struct RopeHeads {
   }
 };
 
-// Block and grid: HeadTile over [num_tokens, head groups, slots of what is written of a head].
+// Rotate slot i of a thread's heads: by `angles` where they are computed, else by those that the
+// cache has for the position.
+template <class Traits>
+__device__ __forceinline__ void rotate_slot(
+    const RopeParams& p, const RopeHeads<typename Traits::T, Traits::kHeads>& heads, int i,
+    const float* angles, EarlyIndex& position) {
+  constexpr int kVecSize = Traits::kVecSize, kHeads = Traits::kHeads;
+  using VecT = Vec<typename Traits::T, kVecSize>;
+  const PairSlot slot = find_pair_slot<kVecSize>(i, p.rotary_dim, p.interleave);
+  const bool has_second = slot.second < p.head_dim;
+  // Start all loads before the position is needed: it and they come in one trip.
+  VecT a[kHeads], b[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    if (h >= heads.count) break;
+    a[h] = VecT::load(heads.from + h * heads.from_stride + slot.first);
+    if (has_second) b[h] = VecT::load(heads.from + h * heads.from_stride + slot.second);
+  }
+  if constexpr (!Traits::kComputesAngles) angles = find_cached_angles<float>(p, position.get());
+  if (angles == nullptr) return;
+  Rotation<float, kVecSize> rotation;
+  if (slot.rotates) rotation.load(angles, i, p.rotary_dim, p.interleave);
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    if (h >= heads.count) break;
+    if (slot.rotates) {
+      float x[kVecSize], y[kVecSize];
+      a[h].to_floats(x);
+      b[h].to_floats(y);
+      rotation.apply(x, y, p.interleave);
+      a[h] = VecT::from_floats(x);
+      b[h] = VecT::from_floats(y);
+    }
+    a[h].store(heads.to + h * heads.to_stride + slot.first);
+    if (has_second) b[h].store(heads.to + h * heads.to_stride + slot.second);
+  }
+}
+
+// Block and grid: HeadTile over [num_tokens, head groups, slots of what is written of a head];
+// where values move in vectors, all slots of a head are in one block.
 // Dynamic shared memory, where angles are computed: floats [blockDim.z, rotary_dim].
 template <class Traits>
 __global__ void __launch_bounds__(kHeadTileThreads)
     rope_kernel(const __grid_constant__ RopeParams p) {
-  using T = typename Traits::T;
   constexpr int kVecSize = Traits::kVecSize, kHeads = Traits::kHeads;
-  using VecT = Vec<T, kVecSize>;
   ptx::grid_dependency_wait();
 
   const auto [token, group] = head_tile_position();
@@ -76,37 +114,16 @@ __global__ void __launch_bounds__(kHeadTileThreads)
     __syncthreads();
   }
   if (token >= p.num_tokens || group >= num_rope_groups(p, kHeads)) return;
+  EarlyIndex position;
+  if constexpr (!Traits::kComputesAngles) position = {{p.pos_ids, p.pos_ids_is_int64}, token};
 
-  const RopeHeads<T, kHeads> heads(p, token, group);
-  const int num_values = heads.from == heads.to ? p.rotary_dim : p.head_dim;
-  for (int i = threadIdx.x; 2 * kVecSize * i < num_values; i += blockDim.x) {
-    const PairSlot slot = find_pair_slot<kVecSize>(i, p.rotary_dim, p.interleave);
-    const bool has_second = slot.second < p.head_dim;
-    // Start all loads before the position is needed: its look-up and these loads overlap.
-    VecT a[kHeads], b[kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      if (h >= heads.count) break;
-      a[h] = VecT::load_once(heads.from + h * heads.from_stride + slot.first);
-      if (has_second) b[h] = VecT::load_once(heads.from + h * heads.from_stride + slot.second);
-    }
-    if constexpr (!Traits::kComputesAngles) angles = find_cached_angles(p, token);
-    if (angles == nullptr) return;
-    Rotation<kVecSize> rotation;
-    if (slot.rotates) rotation.load(angles, i, p.rotary_dim);
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      if (h >= heads.count) break;
-      if (slot.rotates) {
-        float x[kVecSize], y[kVecSize];
-        a[h].to_floats(x);
-        b[h].to_floats(y);
-        rotation.apply(x, y, p.interleave);
-        a[h] = VecT::from_floats(x);
-        b[h] = VecT::from_floats(y);
-      }
-      a[h].store(heads.to + h * heads.to_stride + slot.first);
-      if (has_second) b[h].store(heads.to + h * heads.to_stride + slot.second);
+  const RopeHeads<typename Traits::T, kHeads> heads(p, token, group);
+  if constexpr (kVecSize > 1) {
+    rotate_slot<Traits>(p, heads, threadIdx.x, angles, position);
+  } else {
+    const int num_values = heads.from == heads.to ? p.rotary_dim : p.head_dim;
+    for (int i = threadIdx.x; 2 * i < num_values; i += blockDim.x) {
+      rotate_slot<Traits>(p, heads, i, angles, position);
     }
   }
   ptx::grid_dependency_launch();

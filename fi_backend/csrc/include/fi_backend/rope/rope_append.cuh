@@ -38,19 +38,24 @@ __global__ void __launch_bounds__(kHeadTileThreads)
   using In = typename Traits::In;
   using InVec = typename Traits::InVec;
   using Cache = typename Traits::Cache;
+  using Angle = typename Traits::Angle;
   constexpr int kVecSize = Traits::kVecSize, kSlots = Traits::kSlots, kHeads = Traits::kHeads;
   ptx::grid_dependency_wait();
 
   const int num_groups = num_rope_append_groups(p, kHeads);
   const auto [token, group] = head_tile_position();
   if (token >= p.rope.num_tokens || group >= num_groups) return;  // all lanes of a head together
+  EarlyIndex position({p.rope.pos_ids, p.rope.pos_ids_is_int64}, token);
+  const bool has_slot = token < p.append.num_tokens;
+  SlotLookup lookup;
+  if (has_slot) lookup = {p.append, token};
   const QkvHeads<Traits> heads(p, token, group);
   const auto slot_index = [](int s) { return int(s * blockDim.x + threadIdx.x); };
   const auto find_slot_of = [&](int s) {
     return find_pair_slot<kVecSize>(slot_index(s), heads.rotary_dim, p.rope.interleave);
   };
 
-  // Start all loads of rows before the look-ups, whose latency they hide.
+  // Start all loads of rows before the indices are needed: they come in one trip.
   InVec a[kHeads][kSlots] = {}, b[kHeads][kSlots] = {};
   InVec weight_a[kSlots], weight_b[kSlots];
 #pragma unroll
@@ -69,19 +74,18 @@ __global__ void __launch_bounds__(kHeadTileThreads)
       if (has_second) weight_b[s] = InVec::load(heads.weight + slot.second);
     }
   }
-  const float* angles = find_cached_angles(p.rope, token);
+  const Angle* angles = find_cached_angles<Angle>(p.rope, position.get());
   if (angles == nullptr) return;
-  Rotation<kVecSize> rotation[kSlots];
+  Rotation<Angle, kVecSize> rotation[kSlots];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
-    if (find_slot_of(s).rotates) rotation[s].load(angles, slot_index(s), heads.rotary_dim);
+    if (!find_slot_of(s).rotates) continue;
+    rotation[s].load(angles, slot_index(s), heads.rotary_dim, p.rope.interleave);
   }
 
-  // NOTE: after the angles, whose loads are under way while this one waits.
+  // NOTE: after the angles, whose loads are under way while the look-up waits.
   CacheSlot place = {-1, 0};
-  if (heads.kind != RowKind::kQuery && token < p.append.num_tokens) {
-    place = find_slot(p.append, token);
-  }
+  if (heads.kind != RowKind::kQuery && has_slot) place = lookup.find(p.append);
 
   // Every lane takes part in the sums, whatever its heads are.
   const float inverse_dim = 1.f / heads.head_dim;

@@ -8,10 +8,12 @@
 
 namespace fi {
 
-// In stores q, k and v, Cache the cache; kVecSize elements of a head move as one access. A thread
-// holds kSlots slots of up to kHeads heads in registers, from load to store.
-template <class In_, class Cache_, int kVecSize_, int kSlots_, int kHeads_>
+// In stores q, k and v, Cache the cache, Angle cosines and sines; kVecSize elements of a head move
+// as one access. A thread holds kSlots slots of up to kHeads heads in registers, from load to
+// store.
+template <class In_, class Cache_, class Angle_, int kVecSize_, int kSlots_, int kHeads_>
 struct RopeAppendTraits : AppendTraits<In_, Cache_, kVecSize_> {
+  using Angle = Angle_;
   static constexpr int kSlots = kSlots_;
   static constexpr int kHeads = kHeads_;
 };

@@ -27,22 +27,23 @@ cudaError_t launch_rope_append_kernel(const RopeAppendParams& p, cudaStream_t st
 }
 
 // See launch_rope_aligned; a thread that normalises heads too has enough to do with 4.
-template <class In, class Cache, int kVecSize>
+template <class In, class Cache, class Angle, int kVecSize>
 cudaError_t launch_rope_append_aligned(const RopeAppendParams& p, cudaStream_t stream) {
   constexpr int kHeads = 4;
   const int64_t num_threads = p.rope.num_tokens * num_rope_append_groups(p, kHeads) *
                               num_rope_append_lanes(p, 2 * kVecSize);
   if (num_threads >= kManyThreads) {
-    return launch_rope_append_kernel<RopeAppendTraits<In, Cache, kVecSize, 1, kHeads>>(p, stream);
+    using Traits = RopeAppendTraits<In, Cache, Angle, kVecSize, 1, kHeads>;
+    return launch_rope_append_kernel<Traits>(p, stream);
   }
-  return launch_rope_append_kernel<RopeAppendTraits<In, Cache, kVecSize, 1, 1>>(p, stream);
+  using Traits = RopeAppendTraits<In, Cache, Angle, kVecSize, 1, 1>;
+  return launch_rope_append_kernel<Traits>(p, stream);
 }
 
-template <class In, class Cache>
-cudaError_t rope_append(const RopeAppendParams& p, cudaStream_t stream) {
+template <class In, class Cache, class Angle>
+cudaError_t rope_append_by(const RopeAppendParams& p, cudaStream_t stream) {
   const RopeParams& r = p.rope;
   const AppendParams& a = p.append;
-  if (r.num_tokens == 0 || r.num_qo_heads + r.num_kv_heads == 0) return cudaSuccess;
   constexpr int kVec = kVecSizeFor<In, Cache>;
   const auto is_aligned_in = [](const void* base, int64_t token_stride, int64_t head_stride) {
     return is_aligned<In, kVec>(base, token_stride, head_stride);
@@ -54,7 +55,7 @@ cudaError_t rope_append(const RopeAppendParams& p, cudaStream_t stream) {
       r.head_dim <= 2 * kVec * kWarpSize && a.head_dim_vo <= 2 * kVec * kWarpSize;
   const bool is_vectorizable =
       fits_lanes && r.head_dim % kVec == 0 && a.head_dim_vo % kVec == 0 &&
-      r.rotary_dim % (2 * kVec) == 0 && is_aligned<float, 4>(r.cos_sin, r.cos_sin_stride) &&
+      r.rotary_dim % (2 * kVec) == 0 && is_aligned<Angle, kVec / 2>(r.cos_sin, r.cos_sin_stride) &&
       is_aligned<In, kVec>(p.q_weight) && is_aligned<In, kVec>(p.k_weight) &&
       is_aligned_in(r.q, r.q_strides.token, r.q_strides.head) &&
       is_aligned_in(r.k, r.k_strides.token, r.k_strides.head) &&
@@ -63,10 +64,17 @@ cudaError_t rope_append(const RopeAppendParams& p, cudaStream_t stream) {
       is_aligned_cache(a.key_cache, a.key_cache_strides) &&
       is_aligned_cache(a.value_cache, a.value_cache_strides);
   if (is_vectorizable) {
-    return launch_rope_append_aligned<In, Cache, kVec>(p, stream);
+    return launch_rope_append_aligned<In, Cache, Angle, kVec>(p, stream);
   }
   constexpr int kSlots = kMaxRopeAppendHeadDim / 2 / kWarpSize;
-  return launch_rope_append_kernel<RopeAppendTraits<In, Cache, 1, kSlots, 1>>(p, stream);
+  return launch_rope_append_kernel<RopeAppendTraits<In, Cache, Angle, 1, kSlots, 1>>(p, stream);
+}
+
+template <class In, class Cache>
+cudaError_t rope_append(const RopeAppendParams& p, cudaStream_t stream) {
+  if (p.rope.num_tokens == 0 || p.rope.num_qo_heads + p.rope.num_kv_heads == 0) return cudaSuccess;
+  return p.rope.cos_sin_is_float ? rope_append_by<In, Cache, float>(p, stream)
+                                 : rope_append_by<In, Cache, In>(p, stream);
 }
 
 }  // namespace fi

@@ -15,7 +15,7 @@ inline constexpr int kMaxRopeAppendHeadDim = 512;
 // Tokens past append.num_tokens have no place in the caches. A token whose position is not in the
 // cos_sin cache is skipped altogether.
 struct RopeAppendParams {
-  RopeParams rope;       // k_out is not used
+  RopeParams rope;       // k_out is not used; cos_sin may have the type of q
   AppendParams append;   // key is rope.k
   const void* q_weight;  // [head_dim]; nullptr = q is not normalised
   const void* k_weight;  // [head_dim]; nullptr = k is not normalised

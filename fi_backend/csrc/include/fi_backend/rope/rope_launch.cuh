@@ -28,11 +28,11 @@ cudaError_t launch_rope_kernel(const RopeParams& p, cudaStream_t stream) {
   return launch(kernel, tile, shared_bytes, stream, p.enable_pdl, p);
 }
 
-// Many tokens: 8 heads a thread, so that loads enough are in flight, and angles, which take twice
-// the bytes of 16-bit values, are read once for all of them. Few: one, see kManyThreads.
+// Many tokens: 4 heads a thread, so that angles, which take twice the bytes of 16-bit values, are
+// read once for all of them. Few: one, see kManyThreads.
 template <class T, int kVecSize>
 cudaError_t launch_rope_aligned(const RopeParams& p, cudaStream_t stream) {
-  constexpr int kHeads = 8;
+  constexpr int kHeads = 4;
   const int64_t num_threads =
       p.num_tokens * num_rope_groups(p, kHeads) * num_rope_slots<kVecSize>(p);
   return num_threads >= kManyThreads ? launch_rope_kernel<T, kVecSize, kHeads>(p, stream)
@@ -47,10 +47,10 @@ cudaError_t rope(const RopeParams& p, cudaStream_t stream) {
     return is_aligned<T, kVec>(base, strides.token, strides.head);
   };
   const bool is_vectorizable =
-      p.head_dim % kVec == 0 && p.rotary_dim % (2 * kVec) == 0 &&
-      is_aligned<float, 4>(p.cos_sin, p.cos_sin_stride) && is_aligned_to_vec(p.q, p.q_strides) &&
-      is_aligned_to_vec(p.k, p.k_strides) && is_aligned_to_vec(p.q_out, p.q_out_strides) &&
-      is_aligned_to_vec(p.k_out, p.k_out_strides);
+      num_rope_slots<kVec>(p) <= kHeadTileThreads && p.head_dim % kVec == 0 &&
+      p.rotary_dim % (2 * kVec) == 0 && is_aligned<float, kVec / 2>(p.cos_sin, p.cos_sin_stride) &&
+      is_aligned_to_vec(p.q, p.q_strides) && is_aligned_to_vec(p.k, p.k_strides) &&
+      is_aligned_to_vec(p.q_out, p.q_out_strides) && is_aligned_to_vec(p.k_out, p.k_out_strides);
   return is_vectorizable ? launch_rope_aligned<T, kVec>(p, stream)
                          : launch_rope_kernel<T, 1, 1>(p, stream);
 }

@@ -32,7 +32,7 @@ struct RopeParams {
   const void* pos_ids;    // [num_tokens], int32 or int64; nullptr = the other form
   const void* indptr;     // [num_requests + 1], int32 or int64
   const void* offsets;    // [num_requests], int32 or int64
-  const float* cos_sin;   // [max_position, rotary_dim], cosines then sines; nullptr = computed
+  const void* cos_sin;    // [max_position, rotary_dim], cosines then sines; nullptr = computed
   RopeStrides q_strides;  // in elements, as all strides here
   RopeStrides k_strides;
   RopeStrides q_out_strides;
@@ -49,6 +49,7 @@ struct RopeParams {
   float rope_scale;
   float smooth_slope;
   float smooth_offset;
+  bool cos_sin_is_float;  // else they have the type of q, which the fused step alone reads
   bool interleave;
   bool pos_ids_is_int64;
   bool indptr_is_int64;

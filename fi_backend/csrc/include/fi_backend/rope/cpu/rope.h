@@ -101,7 +101,7 @@ void rope(const RopeParams& p, int num_threads) {
       if (!positions.read(token, &position)) continue;
       Rotation rotation = {cosine, sine};
       if (p.cos_sin != nullptr) {
-        rotation.cosine = p.cos_sin + position * p.cos_sin_stride;
+        rotation.cosine = static_cast<const float*>(p.cos_sin) + position * p.cos_sin_stride;
         rotation.sine = rotation.cosine + num_pairs;
       } else {
         rotary_angles(frequencies, position, num_pairs, cosine, sine);
