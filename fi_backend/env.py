@@ -202,7 +202,15 @@ SEPARATE_LAUNCHES = _boolean(
     "SEPARATE_LAUNCHES",
     "Run requests with few and with many query rows in launches of their own, also on sm_90.",
 )
+SHARED_PREFIX = _boolean(
+    "SHARED_PREFIX",
+    "Let requests on a GPU attend once to long prefixes that they share; other steps pay for it.",
+)
 DISABLE = _boolean("DISABLE", "Do not register with any engine.")
+STRICT = _boolean(
+    "STRICT", "SGLang: end the process, or refuse the model, rather than stand aside."
+)
+KEEP_FLASHINFER = _boolean("KEEP_FLASHINFER", "SGLang: leave the name flashinfer as it is.")
 AUTO = _boolean("AUTO", "Serve an engine even when it did not ask for us by name.")
 LOGLEVEL = Variable(
     PREFIX + "LOGLEVEL",

@@ -16,6 +16,8 @@ from fi_backend.kernels import (
     merge,
     mixed,
     norm,
+    pack_masks,
+    page_table,
     rope,
     rope_append,
 )
@@ -122,6 +124,16 @@ def plan_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:
     return replace(device_plan.plan_spec(), name=f"plan_cuda{tag}")
 
 
+def page_table_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:
+    """Return the page table's module, which no dtype changes."""
+    return replace(page_table.page_table_spec("cuda"), name=f"page_table_cuda{tag}")
+
+
+def pack_masks_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:
+    """Return the mask packer's module, which no dtype changes."""
+    return replace(pack_masks.pack_masks_spec("cuda"), name=f"pack_masks_cuda{tag}")
+
+
 def all_specs(tag: str = "") -> list[KernelSpec]:
     """Return every module that the tests use."""
     return [
@@ -132,6 +144,8 @@ def all_specs(tag: str = "") -> list[KernelSpec]:
         *(spec((dtype,), tag) for spec in (rope_spec, activation_spec) for dtype in FLOATS),
         *(rope_append_spec(dtypes, tag) for dtypes in ROPE_APPEND_DTYPES),
         plan_spec(tag=tag),
+        page_table_spec(tag=tag),
+        pack_masks_spec(tag=tag),
     ]
 
 

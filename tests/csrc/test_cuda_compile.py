@@ -16,6 +16,8 @@ from cuda_modules import (
     layernorm_spec,
     merge_spec,
     mixed_spec,
+    pack_masks_spec,
+    page_table_spec,
     plan_spec,
     prefill_spec,
     rmsnorm_spec,
@@ -45,6 +47,8 @@ BUILDERS = {
     "rope_append": (rope_append_spec, (BF16, BF16)),
     "rope_append_fp8": (rope_append_spec, (BF16, E4M3)),
     "plan": (plan_spec, ()),
+    "page_table": (page_table_spec, ()),
+    "pack_masks": (pack_masks_spec, ()),
     "decode": (decode_spec, (BF16, BF16)),
     "decode_fp8": (decode_spec, (BF16, E4M3)),
     "prefill": (prefill_spec, (BF16, BF16)),
@@ -198,9 +202,11 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     plan = jit.load(specs["plan"])
     lens = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
-        plan.device_plan(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3)
+        plan.device_plan(
+            *(lens, lens, lens[1:], *[None] * 4, 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3)
+        )
     decode = jit.load(specs["decode"])
     with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
         decode.run(
-            x, x, x, x, None, x, x, x, x, *[None] * 10, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False
+            x, x, x, x, None, x, x, x, x, *[None] * 15, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False
         )
