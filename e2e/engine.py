@@ -48,6 +48,12 @@ def runner_of(engine: Any) -> Any:
     return core.model_executor.driver_worker.worker.model_runner
 
 
+def builders_of(runner: Any) -> list[Any]:
+    """Return the metadata builders of a runner, one for each group of attention layers."""
+    groups = [group for of_cache in runner.attn_groups for group in of_cache]
+    return [group.get_metadata_builder(0) for group in groups]
+
+
 class StepLog:
     """Wraps an engine's scheduler and runner to see which steps it made of the requests."""
 
@@ -92,6 +98,9 @@ def run_batch(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    if batch["max_tokens"] == 0:
+        found = engine.embed(prompts, use_tqdm=False)
+        return {"embeddings": [list(output.outputs.embedding) for output in found]}
     # One number for all prompts, or one for each.
     most = batch["max_tokens"]
     parameters = [
@@ -151,18 +160,18 @@ def make_engine(task: dict[str, Any]) -> Any:
         "logprobs_mode": "raw_logits",
         "max_model_len": 1024,
         "max_num_seqs": 32,
+        "skip_tokenizer_init": True,
     }
     arguments = {**defaults, **task["engine"]}
     engine = vllm.LLM(
         model=task["model"],
         dtype=task["dtype"],
         attention_backend=task["backend"],
-        skip_tokenizer_init=True,
         generation_config="vllm",
         worker_extension_cls=EXTENSION,
         **arguments,
     )
-    if arguments["logprobs_mode"] == "raw_logits":
+    if arguments["logprobs_mode"] == "raw_logits" and arguments.get("runner") != "pooling":
         # 0.25 scores prompts by log-probabilities in every mode.
         runner_of(engine).sampler.compute_logprobs = lambda logits: logits.float()
     return engine

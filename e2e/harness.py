@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are handed to the engine together."""
+    """Prompts that are handed to the engine together; max_tokens 0 asks for embeddings."""
 
     prompts: list[list[int]]
     max_tokens: int

@@ -18,16 +18,23 @@ from e2e import workloads
 from e2e.harness import ENVIRONMENT
 from e2e.workloads import Workload
 
-__all__ = ["Answer", "Engine", "serve"]
+__all__ = ["SAMPLER", "Answer", "Engine", "serve", "without_compiling"]
 
 Answer = dict[str, Any]
-_SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it would be compiled for a minute
+SAMPLER = {"VLLM_USE_FLASHINFERSAMPLER": "0"}  # it would be compiled for a minute
 # What an engine that does not compile captures: steps of decodes, from the model as it is.
 _WITHOUT_COMPILING = {
     "mode": 0,
     "cudagraph_mode": "FULL_DECODE_ONLY",
     "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256],
 }
+
+
+def without_compiling(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of an engine that does not compile the model; eager ones as they are."""
+    if arguments.get("enforce_eager"):
+        return arguments
+    return {**arguments, "compilation_config": _WITHOUT_COMPILING}
 
 
 class Engine:
@@ -55,11 +62,11 @@ class Engine:
         compiles: bool,
     ) -> None:
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
-        variables = {**os.environ, **ENVIRONMENT, **_SAMPLER, "PYTHONPATH": path, **environment}
+        variables = {**os.environ, **ENVIRONMENT, **SAMPLER, "PYTHONPATH": path, **environment}
         if compiles:
             del variables["TORCHDYNAMO_DISABLE"]
-        elif not arguments.get("enforce_eager"):
-            arguments = {**arguments, "compilation_config": _WITHOUT_COMPILING}
+        else:
+            arguments = without_compiling(arguments)
         self._log = log
         self._process = subprocess.Popen(
             [sys.executable, "-m", "e2e.throughput", "--serve"],
@@ -82,12 +89,18 @@ class Engine:
 
     def warm_up(self, workload: Workload) -> None:
         """Run a small batch for the model of this workload."""
-        self._send({"workload": workload.name, "round": -1, "is_small": True})
-        self._answer()
+        self.run(workload, -1, "small")
 
-    def run(self, workload: Workload, number: int) -> Answer:
-        """Run a round; return its `seconds`, its `tokens`, and our `counters` so far."""
-        self._send({"workload": workload.name, "round": number, "is_small": False})
+    def run(self, workload: Workload, number: int, kind: str = "whole") -> Answer:
+        """Run a round; return its `seconds`, its `tokens`, and our `counters` so far.
+
+        Args:
+            workload: whose round.
+            number: of the round.
+            kind: "whole"; "small", a few short requests; "traced", whole and watched: the answer
+                has the `trace` of step_trace.StepTrace, too.
+        """
+        self._send({"workload": workload.name, "round": number, "kind": kind})
         return self._answer()
 
     def close(self) -> None:
@@ -116,6 +129,7 @@ def serve(requests: Iterable[str]) -> None:
     import vllm
 
     from e2e.engine import EXTENSION, run_batch
+    from e2e.step_trace import StepTrace
 
     lines = iter(requests)
     engine = vllm.LLM(
@@ -129,12 +143,15 @@ def serve(requests: Iterable[str]) -> None:
         request = json.loads(line)
         workload, number = workloads.find(request["workload"]), request["round"]
         batch = workload.requests(number)
-        if request["is_small"]:
+        if request["kind"] == "small":
             batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
         elif workload.prefix is not None:
             run_batch(engine, {"prompts": [workload.prefix(number)], "max_tokens": 1})
         prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
+        trace = StepTrace(engine) if request["kind"] == "traced" else None
         result = run_batch(engine, {"prompts": prompts, "max_tokens": lengths})
-        counters = engine.collective_rpc("fi_backend_counters")[0]
         answer = {key: result[key] for key in ("seconds", "tokens")}
-        print("ANSWER", json.dumps({**answer, "counters": counters}), flush=True)
+        answer["counters"] = engine.collective_rpc("fi_backend_counters")[0]
+        if trace is not None:
+            answer["trace"] = trace.summary()
+        print("ANSWER", json.dumps(answer), flush=True)

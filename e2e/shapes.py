@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["PLAIN_SHAPES", "SHAPES", "WINDOW", "make_model", "random_prompts"]
+__all__ = ["ENCODER_SHAPES", "PLAIN_SHAPES", "SHAPES", "WINDOW", "make_model", "random_prompts"]
 
 PLAIN_SHAPES = ("llama", "qwen3")
 SHAPES = ("gemma2", "mistral", "gemma3", "gptoss", "gemma3n", "bloom")
+ENCODER_SHAPES = ("bert",)
+_ALL_SHAPES = (*PLAIN_SHAPES, *SHAPES, *ENCODER_SHAPES)
 WINDOW = 64
 _VOCAB = 512
 _COMMON: dict[str, Any] = {
@@ -101,7 +103,16 @@ def _config(shape: str) -> Any:
             bos_token_id=1,
             eos_token_id=2,
         )
-    raise ValueError(f"shape must be one of {SHAPES}; got {shape}")
+    if shape == "bert":  # an encoder: every token sees every other, there is no cache
+        return transformers.BertConfig(
+            vocab_size=_VOCAB,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=256,
+            max_position_embeddings=512,
+        )
+    raise ValueError(f"shape must be one of {_ALL_SHAPES}; got {shape}")
 
 
 def make_model(shape: str, directory: Path) -> Path:
@@ -112,7 +123,9 @@ def make_model(shape: str, directory: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     generator = torch.Generator().manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(_config(shape))
+    is_encoder = shape in ENCODER_SHAPES
+    auto = transformers.AutoModel if is_encoder else transformers.AutoModelForCausalLM
+    model = auto.from_config(_config(shape))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "embed" in name:

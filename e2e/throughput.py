@@ -12,12 +12,16 @@ On a GPU the models are dummy weights in the shapes of Llama-3.1-8B and Llama-3.
 FLASH_ATTN and, where it is installed, FLASHINFER. A minute or two of one cell:
 
     python -m e2e.throughput --workloads "8B bf16 decode-heavy" --backends FLASH_ATTN --rounds 1
+
+With --trace FILE another round is watched: GPU kernels by name, the GPU's idle time, and what our
+part and the peer's take of the host.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -25,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ import torch
 from benchmarks.report import commit, machine_name, results_path
 from e2e import workloads
 from e2e.served import Answer, Engine, serve
+from e2e.step_trace import render
 from e2e.workloads import Model, Workload
 
 OURS = "fi_backend"
@@ -109,6 +113,10 @@ def best_answers(
     for number in rounds:
         for name, engine in engines.items():
             answers[name].append(engine.run(workload, number))
+        seconds = (
+            f"{name} {of_engine[-1]['seconds']:.2f} s" for name, of_engine in answers.items()
+        )
+        print(f"  {workload.label}: {', '.join(seconds)}", flush=True)
     for name, of_engine in answers.items():
         if bool(of_engine[-1]["counters"]["attention_runs"]) != (name == OURS):
             raise RuntimeError(f"{name}: another backend has served: {of_engine[-1]['counters']}")
@@ -150,6 +158,17 @@ def report(workload: Workload, starts: list[dict[str, Answer]]) -> list[dict[str
     return rows
 
 
+def trace(engines: dict[str, Engine], workload: Workload, number: int, path: Path) -> None:
+    """Run another round in each engine; print what its steps consist of, and add it to a file."""
+    print(f"steps of {workload.name}:")
+    traces = json.loads(path.read_text()) if path.exists() else {}
+    for name, engine in engines.items():
+        found = engine.run(workload, number, "traced")["trace"]
+        traces[f"{workload.name}, {name}"] = found
+        print(render(name, found), flush=True)
+    path.write_text(json.dumps(traces, indent=1) + "\n")
+
+
 def measure(
     chosen: Iterable[Workload], contenders: dict[str, Backend], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -166,6 +185,8 @@ def measure(
                 for workload in chosen:
                     answers = best_answers(engines, workload, range(arguments.rounds))
                     results[workload.name].append(answers)
+                    if arguments.trace:
+                        trace(engines, workload, arguments.rounds, arguments.trace)
             finally:
                 for engine in engines.values():
                     engine.close()
@@ -177,7 +198,9 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m e2e.throughput", description=__doc__)
     parser.add_argument("--engine", choices=("vllm",), default="vllm")
-    parser.add_argument("--workloads", default="", help="only those whose name contains this text")
+    parser.add_argument(
+        "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
+    )
     parser.add_argument("--backends", default="", help="only these peers, with commas between")
     parser.add_argument(
         "--starts", type=int, default=1 if on_gpu else 3, help="starts of all engines"
@@ -186,6 +209,7 @@ def main() -> None:
         "--rounds", type=int, default=2 if on_gpu else 5, help="batches for each engine and start"
     )
     parser.add_argument("--quick", action="store_true", help="no torch.compile: starts sooner")
+    parser.add_argument("--trace", type=Path, help="print what steps consist of; more in this file")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -195,10 +219,14 @@ def main() -> None:
         return
     contenders = backends([name for name in arguments.backends.split(",") if name])
     every = workloads.GPU if on_gpu else workloads.CPU
-    chosen = [workload for workload in every if arguments.workloads in workload.name]
+    texts = arguments.workloads
+    named = {
+        workload.name: workload for text in texts for workload in every if text in workload.name
+    }
+    chosen = named.values()
     print(f"vLLM on {machine_name()}; ratio: ours over the best peer", flush=True)
     rows = []
-    for _, of_model in groupby(chosen, key=lambda workload: id(workload.model)):
+    for _, of_model in itertools.groupby(chosen, key=lambda workload: id(workload.model)):
         rows += measure(of_model, contenders, arguments)
     if not arguments.no_write:
         conditions = {

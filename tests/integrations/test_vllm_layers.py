@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,127 +10,22 @@ from reference import Mask, attention
 
 from fi_backend import PagedBatch
 from fi_backend.errors import UnsupportedError
-
-Load = Callable[[str], ModuleType]
-HEADS, KV_HEADS, DIM, PAGE = 6, 2, 64, 16
-SCALE = DIM**-0.5
-DTYPE = torch.float32
-# (tokens in this step, tokens in all): decode, chunk, whole prompt, padding request.
-REQUESTS = ((1, 70), (1, 5), (20, 50), (33, 33), (0, 0))
-PADDING = 3
-LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
-
-
-@dataclass
-class Step:
-    """A step's tensors as the engine lays them out, and what is behind them."""
-
-    common: Any
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    cache: torch.Tensor
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-
-    def tokens(self, request: int) -> slice:
-        starts = self.common.query_start_loc.tolist()
-        return slice(starts[request], starts[request + 1])
-
-
-def make_step(vllm: Load, dtype: torch.dtype = DTYPE) -> Step:
-    """Cached tokens are in the cache already; those of this step are in k and v alone."""
-    new = [tokens for tokens, _ in REQUESTS]
-    lens = [total for _, total in REQUESTS]
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
-    num_tokens = int(starts[-1])
-    pages_each = max(lens) // PAGE + 2
-    order = torch.randperm(len(REQUESTS) * pages_each) + 1  # page 0 is vLLM's null page
-    table = order.reshape(len(REQUESTS), pages_each).to(torch.int32)
-    cache = torch.full((order.numel() + 1, KV_HEADS, PAGE, 2 * DIM), float("nan"), dtype=dtype)
-    keys = [torch.randn(n, KV_HEADS, DIM, dtype=dtype) for n in lens]
-    values = [torch.randn(n, KV_HEADS, DIM, dtype=dtype) for n in lens]
-    slots = torch.full((num_tokens + PADDING,), -1, dtype=torch.int64)
-    k = torch.randn(num_tokens + PADDING, KV_HEADS, DIM, dtype=dtype)
-    v = torch.randn_like(k)
-    for request, (tokens, total) in enumerate(REQUESTS):
-        positions = torch.arange(total)
-        where = table[request, positions // PAGE].long() * PAGE + positions % PAGE
-        done = total - tokens
-        rows = torch.cat([keys[request], values[request]], -1)
-        cache[where[:done] // PAGE, :, where[:done] % PAGE] = rows[:done]
-        mine = slice(int(starts[request]), int(starts[request + 1]))
-        slots[mine] = where[done:]
-        k[mine], v[mine] = keys[request][done:], values[request][done:]
-        table[request, (total + PAGE - 1) // PAGE :] = 2**31 - 1  # stale entries are garbage
-    common = vllm("v1.attention.backend").CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor(lens, dtype=torch.int32),
-        num_reqs=len(REQUESTS),
-        num_actual_tokens=num_tokens + PADDING,
-        max_query_len=max(new),
-        max_seq_len=max(lens),
-        block_table_tensor=table,
-        slot_mapping=slots,
-    )
-    # A slice of a fused projection, as models hand it over.
-    fused = torch.randn(num_tokens + PADDING + 2, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
-    q = fused[:, : HEADS * DIM].unflatten(1, (HEADS, DIM))
-    return Step(common, q, k, v, cache, keys, values)
-
-
-def make_impl(**arguments: Any) -> Any:
-    from fi_backend.integrations.vllm.impl import FIAttentionImpl
-
-    return FIAttentionImpl(HEADS, DIM, SCALE, KV_HEADS, **arguments)
-
-
-def make_builder(
-    vllm: Load,
-    impls: dict[str, Any],
-    spec: Any = None,
-    *,
-    dtype: torch.dtype = DTYPE,
-    device: str = "cpu",
-    max_num_seqs: int = 8,
-    other_groups: dict[str, Any] | None = None,
-) -> Any:
-    from fi_backend.integrations.vllm.builder import FIMetadataBuilder
-
-    spec = spec or vllm("v1.kv_cache_interface").FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=dtype
-    )
-    every = {**impls, **(other_groups or {})}
-    layers = {name: SimpleNamespace(impl=impl) for name, impl in every.items()}
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context=layers),
-        model_config=SimpleNamespace(dtype=dtype),
-        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
-        parallel_config=SimpleNamespace(use_ubatching=False),
-    )
-    return FIMetadataBuilder(spec, [*impls, "placeholder"], config, torch.device(device))
-
-
-def check(step: Step, output: torch.Tensor, mask: Mask) -> None:
-    for request, (tokens, _) in enumerate(REQUESTS):
-        if tokens:
-            mine = step.tokens(request)
-            want, _ = attention(
-                step.q[mine], step.keys[request], step.values[request], mask, sm_scale=SCALE
-            )
-            torch.testing.assert_close(output[mine].double(), want, atol=2e-5, rtol=2e-5)
-
-
-def run(step: Step, impl: Any, metadata: Any) -> torch.Tensor:
-    impl.process_weights_after_loading(DTYPE)
-    impl.do_kv_cache_update(LAYER, step.k, step.v, step.cache, step.common.slot_mapping)
-    output = torch.full((step.q.shape[0], HEADS, DIM), 7.0, dtype=step.q.dtype)
-    returned = impl.forward(LAYER, step.q, step.k, step.v, step.cache, metadata, output=output)
-    assert returned is output
-    assert bool((output[step.common.num_actual_tokens :] == 7.0).all())
-    return output
-
+from tests.integrations.vllm_step import (
+    DIM,
+    DTYPE,
+    HEADS,
+    KV_HEADS,
+    LAYER,
+    PAGE,
+    REQUESTS,
+    SCALE,
+    Load,
+    check,
+    make_builder,
+    make_impl,
+    make_step,
+    run,
+)
 
 SLOPES = [0.5**n for n in range(1, HEADS + 1)]
 VARIANTS = {
@@ -348,6 +240,42 @@ def test_builders_share_scratch_memory_unless_they_run_at_a_time() -> None:
     apart = Reservation({0: spec}, device, max_reqs=1, is_alone=False)
     assert len({partials(one) for one in shared}) == 1
     assert partials(apart) != partials(shared[0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_bounded"), [("FULL", False), ("FULL_DECODE_ONLY", True), ("PIECEWISE", True)]
+)
+def test_a_graph_for_mixed_steps_has_no_bound_on_rows(
+    mode: str, is_bounded: bool, vllm: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is captured with few tokens a request, and later sees whole prompts."""
+    common = make_step(vllm).common
+    builder = make_builder(vllm, {"layer": make_impl()}, cudagraph_mode=mode)
+    captured = builder.build_for_cudagraph_capture(common).batch
+    assert captured.max_qo_len == (common.max_query_len if is_bounded else None)
+    assert builder.build(0, common).batch.max_qo_len == common.max_query_len
+    # vLLM's wrappers of builders override build() alone.
+    monkeypatch.setattr(builder, "build", lambda *_: "the wrapper's")
+    assert builder.build_for_cudagraph_capture(common) == "the wrapper's"
+
+
+def test_a_graph_of_draft_steps_plans_again_in_the_same_memory(vllm: Load) -> None:
+    """The lengths have grown since: a graph replays the planning, not build()."""
+    step = make_step(vllm)
+    lens = step.common.seq_lens.clone()
+    step.common.seq_lens.copy_(step.common.query_start_loc.diff())  # as if no token were cached
+    builder = make_builder(vllm, {"layer": make_impl()})
+    metadata = builder.build(0, step.common)
+    (plan,) = metadata.plans.values()
+    before = plan.buffer.clone()
+    step.common.seq_lens.copy_(lens)
+    builder.update_draft_decode_metadata(metadata)
+    (again,) = metadata.plans.values()
+    assert again.buffer.data_ptr() == plan.buffer.data_ptr()
+    updated = again.buffer.clone()
+    assert not torch.equal(updated, before)
+    (fresh,) = builder.build(0, step.common).plans.values()
+    assert torch.equal(updated, fresh.buffer)
 
 
 def test_any_batch_may_be_captured(vllm: Load) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.integrations.test_vllm_layers import (
+from tests.integrations.test_vllm_layers import VARIANTS
+from tests.integrations.vllm_step import (
     DIM,
     HEADS,
     LAYER,
     REQUESTS,
     SCALE,
-    VARIANTS,
+    Load,
     Step,
     make_builder,
     make_impl,
@@ -26,7 +25,6 @@ from tests.reference import Mask, attention
 
 pytestmark = pytest.mark.gpu
 
-Load = Callable[[str], ModuleType]
 DTYPE = torch.bfloat16
 
 
@@ -102,10 +100,15 @@ def test_a_step_neither_waits_nor_allocates(vllm: Load) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-def test_a_graph_of_a_layer_serves_other_batches(vllm: Load) -> None:
-    """As the engine does it: capture a layer, then plan each step outside and replay."""
+@pytest.mark.parametrize("plans_inside", [False, True])
+def test_a_graph_of_a_layer_serves_other_batches(plans_inside: bool, vllm: Load) -> None:
+    """As the engine does it: capture a layer, then plan each step outside and replay.
+
+    A graph of a draft model's steps plans them, too.
+    """
     step, impl = to_gpu(make_step(vllm, DTYPE)), make_impl_on_gpu()
-    builder = make_builder(vllm, {"layer": impl}, dtype=DTYPE, device="cuda:0")
+    layers = {"layer": impl}
+    builder = make_builder(vllm, layers, dtype=DTYPE, device="cuda:0", cudagraph_mode="FULL")
     output = torch.zeros(step.q.shape[0], HEADS, DIM, dtype=DTYPE, device="cuda")
     common = step.common
     persistent = (
@@ -124,12 +127,18 @@ def test_a_graph_of_a_layer_serves_other_batches(vllm: Load) -> None:
     metadata = builder.build_for_cudagraph_capture(common)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        if plans_inside:
+            builder.update_draft_decode_metadata(metadata)
         run_layer(step, impl, metadata, output)
+
+    def replay() -> None:
+        if not plans_inside:
+            builder.build(0, common)
+        graph.replay()
 
     for tensor, value in zip(persistent, values, strict=True):
         tensor.copy_(value)
-    builder.build(0, common)
-    graph.replay()
+    replay()
     check(step, output, Mask(causal=True))
 
     # Only the first two requests are left, with a token each; the rest is padding.
@@ -138,8 +147,7 @@ def test_a_graph_of_a_layer_serves_other_batches(vllm: Load) -> None:
     common.block_table_tensor[2:] = 0
     common.slot_mapping[2:] = -1
     output.fill_(7.0)
-    builder.build(0, common)
-    graph.replay()
+    replay()
     assert bool((output[2:] == 7.0).all())
     for request in range(2):
         q = step.q[request : request + 1].cpu()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +122,36 @@ def test_bad_variable_is_one_line(
     assert not table.FLASHINFER.is_overridden()
     assert len(lines) == 1
     assert "FI_BACKEND_DISABLE='perhaps' is not allowed" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "said", "result"),
+    [(False, None, "0"), (False, "1", "1"), (True, None, None)],
+)
+def test_the_sampler_is_told_where_flashinfer_is_missing(
+    is_installed: bool,
+    said: str | None,
+    result: str | None,
+    vllm: Load,
+    table: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU vLLM's sampler would import it, and end the engine's start."""
+    from fi_backend.integrations.vllm import registration
+
+    variable = "VLLM_USE_FLASHINFER_SAMPLER"
+    monkeypatch.setenv(variable, "")  # so that it is as before in the end
+    monkeypatch.delenv(variable)
+    if said is not None:
+        monkeypatch.setenv(variable, said)
+    monkeypatch.setattr(vllm("platforms").current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(
+        registration,
+        "importlib",
+        SimpleNamespace(
+            util=SimpleNamespace(find_spec=lambda _: object() if is_installed else None)
+        ),
+    )
+    register()
+    assert table.FLASHINFER.is_overridden()
+    assert os.environ.get(variable) == result

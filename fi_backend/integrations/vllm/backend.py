@@ -90,6 +90,8 @@ class FIAttentionBackend(AttentionBackend):
         """Ask the core; head counts are not known here and do not matter."""
         from vllm.platforms import current_platform
 
+        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
+            return None  # vLLM has said so already
         spec = AttentionSpec(
             num_qo_heads=1,
             num_kv_heads=1,

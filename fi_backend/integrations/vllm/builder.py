@@ -39,6 +39,8 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
     # batch serves any other that is padded to as many requests and tokens. What it refers to is
     # either the engine's, at fixed addresses, or was reserved before the capture.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    # vLLM 0.32 on: a graph of draft steps may hold their planning too.
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(
         self,
@@ -129,8 +131,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             reservation=self._reservation,
             plans={},
         )
-        for key, spec in self._specs[metadata.causal].items():
-            metadata.plan_for(key, spec)
+        self._plan(metadata)
         counters.count_step(self._num_layers)
         return metadata
 
@@ -144,3 +145,15 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             return self.build(0, common_attn_metadata)
         finally:
             self._rows_are_bounded = True
+
+    def update_draft_decode_metadata(self, metadata: FIMetadata) -> None:
+        """Plan `metadata` again, for the lengths that its tensors have by now.
+
+        It only launches, and plans into the same memory: a graph may hold it.
+        """
+        metadata.plans.clear()
+        self._plan(metadata)
+
+    def _plan(self, metadata: FIMetadata) -> None:
+        for key, spec in self._specs[metadata.causal].items():
+            metadata.plan_for(key, spec)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from fi_backend import AttentionSpec, PagedAttention, append_to_cache
+from fi_backend import AttentionSpec, PagedAttention, append_to_cache, rope_append_to_cache
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
 from fi_backend.integrations.vllm.huge_pages import advise_huge_pages
@@ -206,17 +206,68 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         """
         if self._encoder_only or kv_cache.numel() == 0:
             return
-        bound = self._bound
-        if bound is None or not bound.fits(kv_cache, bound.causal):
-            bound = self._bind(kv_cache, key.dtype, self.attn_type == AttentionType.DECODER)
         append_to_cache(
             key,
             value,
-            bound.views,
+            self._views(kv_cache, key.dtype),
             slot_mapping,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
         )
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """Whether vLLM's compiler may replace rope and the write of a layer by the call below."""
+        return not self._encoder_only
+
+    def do_rope_and_kv_cache_update(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        kv_cache: torch.Tensor,
+        layer_slot_mapping: torch.Tensor,
+    ) -> None:
+        """Rotate queries in place, and keys on their way to the cache; `key` stays as it is.
+
+        Args:
+            layer: the Attention module, for its scales.
+            query: [num_tokens, num_heads, head_size].
+            key: [num_tokens, num_kv_heads, head_size].
+            value: as key, with the value head size.
+            positions: int64 [num_tokens].
+            cos_sin_cache: [max_position, rotary_dim], float32 or the model's dtype.
+            is_neox: pairs are a half of rotary_dim apart rather than neighbours.
+            kv_cache: the layer's cache.
+            layer_slot_mapping: as slot_mapping of do_kv_cache_update.
+        """
+        if kv_cache.numel() == 0:
+            return
+        rope_append_to_cache(
+            query,
+            key,
+            value,
+            positions,
+            cos_sin_cache,
+            self._views(kv_cache, key.dtype),
+            layer_slot_mapping,
+            is_neox=is_neox,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            out=query,
+        )
+
+    def _views(
+        self, kv_cache: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cache as keys and values, before a step says whether it is causal."""
+        bound = self._bound
+        if bound is None or not bound.fits(kv_cache, bound.causal):
+            bound = self._bind(kv_cache, dtype, self.attn_type == AttentionType.DECODER)
+        return bound.views
 
     def _bind(self, kv_cache: torch.Tensor, dtype: torch.dtype, causal: bool) -> _Bound:
         advise_huge_pages(kv_cache)  # nothing has been written yet

@@ -1,0 +1,166 @@
+"""Latency of served requests under Poisson arrivals, with our backend and with the engine's own.
+
+    python -m e2e.latency --loads 0.5 0.9
+
+The servers of all backends run all the time and are loaded in turn, with the same requests at the
+same times. The peak is what the best stock backend serves if all requests come at once; a load is a
+part of that. A row has the median and the 99th percentile of the time to the first token (TTFT) and
+of the time for each later one (TPOT). JSON goes to
+benchmarks/results/<machine>/e2e_vllm_latency.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import commit, machine_name, results_path
+from e2e.conftest import FI_TINY
+from e2e.served import SAMPLER, without_compiling
+from e2e.server import Server, Timing, replay
+from e2e.throughput import OURS, backends
+from e2e.workloads import Request, Workload, find
+
+__all__ = ["main", "poisson_arrivals", "row"]
+
+_WORKLOADS = {
+    "cpu": "fi-tiny float32 32 prompts x 256",
+    "cuda": "Llama-3.2-1B bf16 short 256x(1024,128)",
+}
+
+
+def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
+    """Return times in seconds at which `count` requests arrive, `rate` a second on average."""
+    source = random.Random(seed)
+    times, now = [], 0.0
+    for _ in range(count):
+        now += source.expovariate(rate)
+        times.append(now)
+    return times
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def row(timings: Sequence[Timing]) -> dict[str, float]:
+    """Return the percentiles of a run, in us."""
+    return {
+        f"{name}_p{percent}_us": 1e6 * _percentile([getattr(t, field) for t in timings], percent)
+        for name, field in (("ttft", "first"), ("tpot", "each"))
+        for percent in (50, 99)
+    }
+
+
+def start(workload: Workload, directory: Path, wanted: Sequence[str]) -> dict[str, Server]:
+    """Start the server of each backend, all at once, and wait for them."""
+    model = workload.model
+    folder = model.folder(directory)
+    if folder != FI_TINY:
+        for file in FI_TINY.glob("tokenizer*.json"):  # a server does without only in part
+            shutil.copy(file, folder)
+    contenders = backends(wanted)
+    on_gpu = torch.cuda.is_available()
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+    arguments = without_compiling(model.arguments(len(contenders), gpu_bytes))
+    servers = {
+        name: Server(
+            folder,
+            model.dtype,
+            backend.name,
+            arguments,
+            directory / f"{name}.log",
+            {**SAMPLER, **dict(backend.environment)},
+        )
+        for name, backend in contenders.items()
+    }
+    try:
+        for server in servers.values():
+            server.wait()
+    except RuntimeError:
+        close(servers)
+        raise
+    return servers
+
+
+def close(servers: dict[str, Server]) -> None:
+    """End all servers."""
+    for server in servers.values():
+        server.close()
+
+
+def rounds_of(workload: Workload, count: int, most_tokens: int) -> list[list[Request]]:
+    """Return `count` rounds of requests, none of which asks for more than `most_tokens`."""
+    return [
+        [(prompt, min(tokens, most_tokens)) for prompt, tokens in workload.requests(number)]
+        for number in range(count)
+    ]
+
+
+def measure(
+    servers: dict[str, Server], rounds: Sequence[Sequence[Request]], loads: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Find the peak with the first round, then load each server with the others."""
+    peaks = {}
+    for name, server in servers.items():
+        replay(server.url, rounds[0][:8], [0.0] * 8)  # what is compiled or loaded on first use
+        timings = replay(server.url, rounds[0], [0.0] * len(rounds[0]))
+        peaks[name] = len(timings) / max(timing.done for timing in timings)
+        print(f"  {name}: {peaks[name]:.2f} requests/s at once", flush=True)
+    peak = max((rate for name, rate in peaks.items() if name != OURS), default=peaks[OURS])
+    rows = []
+    for number, load in enumerate(loads, start=1):
+        requests = rounds[number]
+        arrivals = poisson_arrivals(len(requests), load * peak, seed=number)
+        for name, server in servers.items():
+            found = row(replay(server.url, requests, arrivals))
+            rows.append({"cell": f"{load:.0%} of peak", "backend": name, **found})
+            shown = ", ".join(f"{key[:-3]} {value / 1000:.1f}" for key, value in found.items())
+            print(f"  {load:.0%} of peak, {name}: {shown} ms", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Parse the command line, measure, record the rows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(prog="python -m e2e.latency", description=__doc__)
+    parser.add_argument("--workload", default=_WORKLOADS[device], help="see e2e/workloads.py")
+    parser.add_argument("--backends", default="", help="only these peers, with commas between")
+    parser.add_argument("--loads", nargs="+", type=float, default=[0.5, 0.9], help="of the peak")
+    parser.add_argument("--most-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
+    arguments = parser.parse_args()
+    workload = find(arguments.workload)
+    print(f"vLLM on {machine_name()}: {workload.name}", flush=True)
+    wanted = [name for name in arguments.backends.split(",") if name]
+    rounds = rounds_of(workload, 1 + len(arguments.loads), arguments.most_tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        servers = start(workload, Path(directory), wanted)
+        try:
+            rows = measure(servers, rounds, arguments.loads)
+        finally:
+            close(servers)
+    conditions = {
+        "routine": "e2e_vllm_latency",
+        "workload": workload.name,
+        "gpu": machine_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+    }
+    path = arguments.output or results_path("e2e_vllm_latency")
+    path.write_text(json.dumps([{**found, **conditions} for found in rows], indent=1) + "\n")
+    print("wrote", path)
+
+
+if __name__ == "__main__":
+    main()

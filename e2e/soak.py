@@ -1,0 +1,201 @@
+"""An engine under hours of traffic in minutes: random arrivals, aborts, preemptions, prefix hits.
+
+    python -m e2e.soak --minutes 8
+
+The cache holds a part of what the requests want, so that the engine preempts. Every few seconds the
+same prompt is asked again, alone among the others: its text must stay what it was (in bf16, where
+company changes roundings, its first tokens). At the end all pages of the cache are free again and
+the process has hardly grown. The CPU serves our trained model in fp32, a GPU the same in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e2e.conftest import FI_TINY, fi_tiny_prompts
+from e2e.engine import EXTENSION, StepLog, release
+from e2e.harness import ENVIRONMENT
+
+__all__ = ["Soak", "main"]
+
+_PAGE = 32
+_ENGINE: dict[str, Any] = {
+    "max_model_len": 1024,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 256,
+    "block_size": _PAGE,
+    "num_gpu_blocks_override": 128,  # of 32 tokens: a third of what 32 long requests want
+    "enable_prefix_caching": True,
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",
+}
+_PROBE, _PROBE_TOKENS = "probe", 32
+_MAX_WAITING = 48
+# An engine grows for some minutes by itself: by 130 MB in 2300 steps, with the stock backend too.
+_MAX_GROWN_BYTES = 256 << 20
+
+
+@dataclass
+class Soak:
+    """Traffic for an engine in this process.
+
+    Attributes:
+        engine: a vllm.LLM.
+        seed: of all that is random.
+        finished: requests that ran to their end.
+        aborted: requests that did not.
+        cached_tokens: tokens of prompts that were found in the cache.
+        probes: texts of the probe, as they came.
+    """
+
+    engine: Any
+    seed: int = 0
+    finished: int = 0
+    aborted: int = 0
+    cached_tokens: int = 0
+    probes: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._prompts = fi_tiny_prompts()
+        self._alive: list[str] = []
+        self._added = 0
+
+    def run(self, seconds: float, probe_every: float) -> None:
+        """Keep the engine busy for so long, then let it finish what it has."""
+        begin = time.monotonic()
+        next_probe = begin
+        while time.monotonic() - begin < seconds:
+            if time.monotonic() >= next_probe and _PROBE not in self._alive:
+                self._add(_PROBE, self._prompts[0], _PROBE_TOKENS)
+                next_probe = time.monotonic() + probe_every
+            self._arrive()
+            self._leave()
+            self._step()
+        while self._alive:
+            self._step()
+
+    def _arrive(self) -> None:
+        """Nothing, or a burst of requests; half of them begin as others did."""
+        if self._random.random() > 0.15:
+            return
+        for _ in range(min(self._random.randint(1, 16), _MAX_WAITING - len(self._alive))):
+            head, tail = (self._random.choice(some) for some in (self._prompts[:4], self._prompts))
+            prompt = head * self._random.randint(1, 3) + tail[: self._random.randint(1, 40)]
+            if self._random.random() < 0.5:
+                prompt = [token % 250 + 3 for token in self._random.sample(range(1000), 60)] + tail
+            self._added += 1
+            self._add(str(self._added), prompt[:700], self._random.randint(1, 300))
+
+    def _leave(self) -> None:
+        """A client hangs up now and then."""
+        victims = [name for name in self._alive if name != _PROBE]
+        if victims and self._random.random() < 0.02:
+            name = self._random.choice(victims)
+            self.engine.llm_engine.abort_request([name])
+            self._alive.remove(name)
+            self.aborted += 1
+
+    def _add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        self.engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        self._alive.append(name)
+
+    def _step(self) -> None:
+        for output in self.engine.llm_engine.step():
+            if not output.finished or output.request_id not in self._alive:
+                continue
+            self._alive.remove(output.request_id)
+            self.cached_tokens += output.num_cached_tokens or 0
+            if output.request_id == _PROBE:
+                self.probes.append(list(output.outputs[0].token_ids))
+            else:
+                self.finished += 1
+
+
+def free_pages(engine: Any) -> int:
+    """Pages of the cache that no request holds."""
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def memory_bytes() -> dict[str, int]:
+    """What the process holds now."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    held = {"host": resident_pages * mmap.PAGESIZE}
+    if torch.cuda.is_available():
+        held["gpu"] = torch.cuda.memory_reserved()
+    return held
+
+
+def soak(minutes: float, backend: str | None, *, probe_every: float = 5.0) -> dict[str, Any]:
+    """Start an engine, soak it, and return what happened."""
+    import vllm
+
+    on_gpu = torch.cuda.is_available()
+    memory = {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.1} if on_gpu else {}
+    engine = vllm.LLM(
+        model=str(FI_TINY),
+        dtype="bfloat16" if on_gpu else "float32",
+        attention_backend=backend,
+        enforce_eager=not on_gpu,
+        worker_extension_cls=EXTENSION,
+        **_ENGINE,
+        **memory,
+    )
+    log = StepLog(engine)
+    free = free_pages(engine)
+    traffic = Soak(engine)
+    traffic.run(60 * minutes / 4, probe_every)  # the first quarter fills pools and caches
+    before = memory_bytes()
+    traffic.run(60 * minutes * 3 / 4, probe_every)
+    after = memory_bytes()
+    counters = engine.collective_rpc("fi_backend_counters")[0]
+    shown = 8 if on_gpu else _PROBE_TOKENS
+    result = {
+        "minutes": minutes,
+        "finished": traffic.finished,
+        "aborted": traffic.aborted,
+        "cached_tokens": traffic.cached_tokens,
+        **log.counts(),
+        "probes": len(traffic.probes),
+        "texts_of_probe": len({tuple(text[:shown]) for text in traffic.probes}),
+        "pages_lost": free - free_pages(engine),
+        "grown_bytes": {name: after[name] - before[name] for name in after},
+        "counters": counters,
+    }
+    del engine, log, traffic
+    release()
+    return result
+
+
+def main() -> None:
+    """Parse the command line, soak, print the figures; exit with 1 where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m e2e.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--backend", default="flashinfer", help="as a user asks for it")
+    arguments = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    result = soak(arguments.minutes, arguments.backend)
+    print(json.dumps(result, indent=1))
+    wrong = result["pages_lost"] != 0 or result["texts_of_probe"] != 1
+    sys.exit(int(wrong or max(result["grown_bytes"].values()) > _MAX_GROWN_BYTES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""A short soak of the engine: what `python -m e2e.soak` checks, in a quarter of a minute."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from e2e.harness import ROOT
+
+pytestmark = pytest.mark.engine
+
+
+def test_traffic_leaves_the_engine_as_it_was() -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "e2e.soak", "--minutes", "0.25"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    result = json.loads(child.stdout[child.stdout.index("\n{\n") :])
+    for happened in ("finished", "aborted", "preemptions", "mixed_steps", "cached_tokens"):
+        assert result[happened] > 0, happened
+    assert result["probes"] >= 2
+    assert result["texts_of_probe"] == 1
+    assert result["pages_lost"] == 0
+    assert result["counters"]["attention_runs"] == result["counters"]["layer_calls"] > 0

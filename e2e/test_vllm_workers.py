@@ -1,0 +1,71 @@
+"""vLLM on the CPU with two workers: the same tokens, kernels that are compiled once for both.
+
+Pipeline parallelism is not here: vLLM 0.32's own backend fails with it on the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import FI_TINY, fi_tiny_prompts
+from e2e.harness import Batch, Result, Task, assert_same_tokens, run_engines
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 48
+# Engine arguments of each run; the first finds no compiled kernels.
+RUNS = {
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "one worker": {},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Iterator[dict[str, Result]]:
+    """Each run in a process of its own, one after the other: they share a cache of kernels."""
+    batches = [Batch(fi_tiny_prompts()[:8], TOKENS)]
+    found = {}
+    for name, engine in RUNS.items():
+        found |= run_engines(
+            [Task(name, FI_TINY, "flashinfer", batches, engine=engine)],
+            folder / name.replace(" ", "-"),
+            environment={"FI_BACKEND_CACHE_DIR": str(folder / "cache")},
+            program="e2e.engine_workers",
+        )
+    return found
+
+
+def compiles(folder: Path, name: str) -> list[str]:
+    """Lines with which a process says that it compiles."""
+    log = (folder / name.replace(" ", "-") / "log.txt").read_text(errors="replace")
+    return re.findall(r"INFO (compiling [^:\n]*)$", log, re.MULTILINE)
+
+
+def test_two_workers_generate_the_same_tokens(results: dict[str, Result]) -> None:
+    one, two = (results[name] for name in ("one worker", "tensor parallel"))
+    assert_same_tokens(one["batches"][0]["tokens"], two["batches"][0]["tokens"])
+    runs = [worker["attention_runs"] for worker in two["counters"]]
+    assert len(runs) == 2
+    assert min(runs) > 0
+
+
+def test_workers_share_one_compile_and_say_so_once(
+    folder: Path, results: dict[str, Result]
+) -> None:
+    assert results
+    (line,) = compiles(folder, "tensor parallel")
+    assert re.fullmatch(r"compiling \d+ kernel modules", line)
+
+
+def test_a_warm_start_compiles_nothing(folder: Path, results: dict[str, Result]) -> None:
+    assert results
+    assert compiles(folder, "one worker") == []
