@@ -14,7 +14,7 @@ import torch
 
 from fi_backend.testing import L2Flush
 
-__all__ = ["cold_calls", "graphed_calls", "host_seconds", "sm_clock_mhz"]
+__all__ = ["capture", "cold_calls", "graphed_calls", "host_seconds", "sm_clock_mhz"]
 
 Call = Callable[[], object]
 
@@ -77,7 +77,7 @@ def graphed_calls(
     Returns:
         The median seconds of a replay over its number of calls.
     """
-    graphs = {name: _capture(sequence) for name, sequence in calls.items()}
+    graphs = {name: capture(sequence) for name, sequence in calls.items()}
     replays: dict[str, Call] = {name: graph.replay for name, graph in graphs.items()}
     for replay in replays.values():
         replay()
@@ -85,7 +85,8 @@ def graphed_calls(
     return {name: times[name] / len(calls[name]) for name in calls}
 
 
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """Return a graph of some calls, which run once before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, loads and allocates, which a capture must not

@@ -21,6 +21,7 @@ def start_compiling(cells: Sequence[Cell], pool: Executor) -> list[Future[None]]
     modules = {
         (backend, cell.head_dim, cell.window_left >= 0)
         for cell in cells
+        if cell.head_dim in FLASHINFER_HEAD_DIMS
         for backend in FLASHINFER_BACKENDS
     }
     return [pool.submit(_compile_flashinfer, *module) for module in sorted(modules)]
@@ -47,6 +48,8 @@ def _flashinfer(backend: str, step: Step) -> Call:
     import flashinfer
 
     cell = step.cell
+    if cell.head_dim not in FLASHINFER_HEAD_DIMS:
+        raise NotImplementedError(f"measured at head_dim {FLASHINFER_HEAD_DIMS}")
     counts = (step.kv_lens.cpu() + cell.page_size - 1) // cell.page_size
     indptr = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)])
     workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
@@ -124,6 +127,7 @@ def _cudnn(step: Step) -> Call:
 
 
 FLASHINFER_BACKENDS = ("fa2", "fa3")
+FLASHINFER_HEAD_DIMS = (64, 128, 256)  # of both; a module for others compiles in vain
 PEERS: dict[str, Callable[[Step], Call]] = {
     **{f"flashinfer {name}": partial(_flashinfer, name) for name in FLASHINFER_BACKENDS},
     "fa3 paged": _fa3_paged,

@@ -11,6 +11,7 @@ from benchmarks.report import machine_name, write
 ROUTINES = (
     "activation",
     "append",
+    "cascade",
     "cpu",
     "decode",
     "fused",

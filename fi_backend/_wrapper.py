@@ -229,7 +229,14 @@ class AttentionWrapper(ABC):
         layers = self._layers
         if spec != self._spec:
             layers = {(spec.sinks, spec.sm_scale): PagedAttention(spec, self._device)}
-        step = plan(spec, batch, self._workspace, into=self._plan, split_tokens=split_tokens)
+        step = plan(
+            spec,
+            batch,
+            self._workspace,
+            into=self._plan,
+            split_tokens=split_tokens,
+            share_prefixes=False,  # the caller's workspace is as large as FlashInfer's has to be
+        )
         if step.num_tokens is None and num_tokens is not None:
             step = replace(step, num_tokens=num_tokens)
         self._plan = step

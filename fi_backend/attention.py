@@ -63,8 +63,10 @@ class PagedAttention:
         self.spec = spec
         self._geometry = spec.geometry
         self._has_no_options = not (spec.alibi or spec.sinks or spec.custom_mask)
+        on_gpu = torch.device(device).type == "cuda"
         self._kernels = attention_kernels.load(
             device_type=torch.device(device).type,
+            with_groups=on_gpu and self._geometry.may_share and env.SHARED_PREFIX.get(),
             **spec.kernel_types,
         )
         self._checked = env.CHECKED.get()
@@ -124,17 +126,29 @@ class PagedAttention:
             out, lse = self._outputs(plan, q, out, lse, return_lse)
         spec, geometry, batch = self.spec, self._geometry, plan.batch
         launch = self._kernels.run if is_direct else run_traced
+        lens = {"kv_lens": batch.kv_lens}
+        partials, shares = plan.partials, plan.shares
         try:
+            if shares is not None and shares.is_active:
+                partials = shares.partials
+                lens = shares.run(
+                    None if is_direct else run_traced,
+                    spec=spec,
+                    q=q,
+                    kv_cache=kv_cache,
+                    k_scale=k_scale,
+                    num_workers=plan.num_workers,
+                )
             launch(
                 plan_buffer=plan.buffer,
-                partials=plan.partials,
+                partials=partials,
                 q=q,
                 k_cache=k,
                 v_cache=v,
                 out=out,
                 lse=lse,
                 qo_indptr=batch.qo_indptr,
-                kv_lens=batch.kv_lens,
+                **lens,
                 page_indptr=batch.page_indptr,
                 page_indices=batch.page_indices,
                 block_table=batch.block_table,

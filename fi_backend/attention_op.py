@@ -21,14 +21,17 @@ def _attention(
     out: torch.Tensor,
     **arguments: Any,
 ) -> None:
-    kernels = attention_kernels.load(
+    types: dict[str, Any] = dict(
         device_type=q.device.type,
         q_dtype=q.dtype,
         kv_dtype=k_cache.dtype,
-        o_dtype=out.dtype,
         head_dim_qk=q.shape[2],
         head_dim_vo=out.shape[2],
     )
+    if arguments.get("q_rows") is None:
+        kernels = attention_kernels.load(**types, o_dtype=out.dtype)
+    else:
+        kernels = attention_kernels.load_groups(**types)
     for name in ("k_scale", "v_scale"):
         scales = arguments.pop(f"{name}s")
         arguments[name] = arguments[name] if scales is None else scales
@@ -48,9 +51,10 @@ _op = register(
     "Tensor(b!) out, *, Tensor(c!)? lse, Tensor qo_indptr, Tensor kv_lens, Tensor? page_indptr, "
     "Tensor? page_indices, Tensor? block_table, Tensor? request_rows, int? max_qo_len, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? custom_mask, Tensor? mask_indptr, "
-    "Tensor? k_scales, Tensor? v_scales, float k_scale, float v_scale, float sm_scale, "
-    "float logits_soft_cap, int window_left, bool causal, float rope_scale, "
-    "float rope_theta, int num_workers) -> ()",
+    "Tensor? q_rows=None, Tensor? first_pages=None, Tensor? first_rows=None, "
+    "Tensor? prior_out=None, Tensor? prior_lse=None, Tensor? k_scales, Tensor? v_scales, "
+    "float k_scale, float v_scale, float sm_scale, float logits_soft_cap, int window_left, "
+    "bool causal, float rope_scale, float rope_theta, int num_workers) -> ()",
     _attention,
 )
 

@@ -125,7 +125,7 @@ class BatchAttention:
             page_indptr=to_device("kv_indptr", kv_indptr, device),
             page_indices=to_device("kv_indices", kv_indices, device).contiguous(),
         )
-        step = plan(spec, batch, self._workspace, into=self._plan)
+        step = plan(spec, batch, self._workspace, into=self._plan, share_prefixes=False)
         self._plan = replace(step, num_tokens=num_tokens)
         self._layer = layer
 

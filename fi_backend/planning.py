@@ -8,15 +8,24 @@ is bounded by the number of workers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fi_backend import env
 from fi_backend.batch import PagedBatch
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.kernels import device_plan, host_plan
 from fi_backend.kernels.batch_check import check_batch
+from fi_backend.shared_prefixes import (
+    SharedPrefixes,
+    are_looked_for,
+    shared_bytes,
+    shared_floats,
+)
 from fi_backend.spec import AttentionSpec, Geometry, supports
 from fi_backend.workspace import Workspace
 
@@ -37,6 +46,8 @@ class Plan:
         num_tokens: query rows that the batch covers; None on a GPU, where the host does not know.
         num_ragged_rows: rows of k and v that a ragged batch covers; 0 for a paged one, and on a
             GPU.
+        looks_for_shares: whether steps are searched for pages that requests share.
+        shares: what the step's requests share; None if no step was searched yet.
     """
 
     geometry: Geometry
@@ -47,6 +58,8 @@ class Plan:
     split_tokens: int
     num_tokens: int | None
     num_ragged_rows: int
+    looks_for_shares: bool = False
+    shares: SharedPrefixes | None = None
 
 
 def _partial_floats(
@@ -97,7 +110,8 @@ def workspace_bytes(
         max_tokens: most query rows of a step; the bound does not grow with it.
         num_workers: as for plan().
         device: where the step runs.
-        split_tokens: as for plan(); on a GPU, n > 0 needs more.
+        split_tokens: as for plan(); on a GPU, n > 0 needs more, and so does 0 if
+            FI_BACKEND_SHARED_PREFIX is on.
     """
     if max_reqs < 0 or max_tokens < 0:
         raise ValueError(
@@ -107,7 +121,11 @@ def workspace_bytes(
     workers = default_workers(device) if num_workers is None else num_workers
     planner = host_plan if device.type == "cpu" else device_plan
     ints = planner.plan_buffer_ints(max_reqs=max_reqs, num_workers=workers)
-    return 4 * (ints + _partial_floats(spec, device, workers, split_tokens))
+    shared = 0
+    looks = device.type == "cuda" and env.SHARED_PREFIX.get()
+    if looks and spec.geometry.may_share and split_tokens == 0:
+        shared = shared_bytes(spec.geometry, max_reqs, workers, device)
+    return 4 * (ints + _partial_floats(spec, device, workers, split_tokens)) + shared
 
 
 def plan(
@@ -118,12 +136,13 @@ def plan(
     into: Plan | None = None,
     num_workers: int | None = None,
     split_tokens: int = 0,
+    share_prefixes: bool | None = None,
 ) -> Plan:
     """Divide the work of `batch` among workers.
 
-    On a GPU this is one launch on the current stream: no length is read by the host, nothing is
-    synchronised, and a CUDA graph that holds it plans anew whenever it is replayed. Lengths that
-    decrease `qo_indptr` or are negative then count as empty.
+    On a GPU this is one launch on the current stream, two where requests may share pages: no
+    length is read by the host, nothing is synchronised, and a CUDA graph that holds it plans anew
+    whenever it is replayed. Lengths that decrease `qo_indptr` or are negative then count as empty.
 
     Args:
         spec: the layer, or any of the layers that share its geometry.
@@ -136,6 +155,10 @@ def plan(
             blocks for each multiprocessor.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
             -1 never cuts them: either makes a request's bits independent of its batch mates.
+        share_prefixes: whether requests with few query rows whose page tables begin with the same
+            pages attend to these once, where that saves more than it costs. None for what
+            FI_BACKEND_SHARED_PREFIX says on a GPU, and False elsewhere. It is off with
+            split_tokens, and where logits depend on positions: ALiBi, custom masks, rope, variants.
 
     Raises:
         UnsupportedError: `spec` cannot run on the batch's device.
@@ -151,12 +174,17 @@ def plan(
         and into.split_tokens == split_tokens
         and into.partials is workspace.scratch
         and workspace.device == device
+        and share_prefixes in (None, into.looks_for_shares)
     )
+    shares = None
     if into is not None and repeats:
-        partials = into.partials
+        partials, shares, looks_for_shares = into.partials, into.shares, into.looks_for_shares
     else:
         _check_arguments(spec, device, workspace, workers, split_tokens)
         partials = workspace.partials(_partial_floats(spec, device, workers, split_tokens))
+        if share_prefixes is None:
+            share_prefixes = device.type == "cuda" and env.SHARED_PREFIX.get()
+        looks_for_shares = share_prefixes and geometry.may_share and split_tokens == 0
     batch.validate(spec.page_size)
     on_host = batch.qo_indptr.is_cpu
     num_tokens = _check_values(batch, spec.page_size) if on_host else None
@@ -165,9 +193,38 @@ def plan(
         buffer = into.buffer
     else:
         buffer = _buffer(into, batch, workers)
-    make_plan = host_plan.host_plan if on_host else device_plan.device_plan
-    make_plan(
-        plan_buffer=buffer,
+    if shares is not None and batch.num_requests <= shares.max_requests:
+        shares = shares.of(batch)
+    elif looks_for_shares and are_looked_for(batch):
+        floats = _partial_floats(spec, device, workers, split_tokens)
+        partials = workspace.partials(floats + shared_floats(geometry, batch.num_requests))
+        shares = SharedPrefixes.allocate(spec, batch, workers, partials)
+    else:
+        shares = None
+    made = Plan(
+        geometry=geometry,
+        batch=batch,
+        buffer=buffer,
+        partials=partials,
+        num_workers=workers,
+        split_tokens=split_tokens,
+        num_tokens=num_tokens,
+        num_ragged_rows=batch.num_ragged_rows if on_host else 0,
+        looks_for_shares=looks_for_shares,
+        shares=shares,
+    )
+    _fill(made)
+    return made
+
+
+def _fill(plan: Plan) -> None:
+    """Find what the requests of a plan's step share, and divide its work."""
+    geometry, batch, shares = plan.geometry, plan.batch, plan.shares
+    make_plan: Callable[..., None] = device_plan.device_plan
+    if batch.qo_indptr.is_cpu:
+        make_plan = host_plan.host_plan
+    step: dict[str, Any] = dict(
+        plan_buffer=plan.buffer,
         qo_indptr=batch.qo_indptr,
         kv_lens=batch.kv_lens,
         num_qo_heads=geometry.num_qo_heads,
@@ -178,19 +235,33 @@ def plan(
         kv_dtype=geometry.kv_dtype,
         causal=geometry.causal,
         window_left=geometry.window_left,
-        num_workers=workers,
-        split=split_tokens,
+        num_workers=plan.num_workers,
+        split=plan.split_tokens,
         many_rows_only=geometry.rope,
     )
-    return Plan(
-        geometry=geometry,
-        batch=batch,
-        buffer=buffer,
-        partials=partials,
-        num_workers=workers,
-        split_tokens=split_tokens,
-        num_tokens=num_tokens,
-        num_ragged_rows=batch.num_ragged_rows if on_host else 0,
+    if shares is None or not shares.is_active:
+        return make_plan(**step)
+    shares.find(geometry)
+    groups = shares.groups
+    step |= dict(kv_lens=groups.own_lens, first_pages=groups.first_pages)
+    if batch.qo_indptr.is_cpu:
+        make_plan(**step)
+        step |= dict(
+            plan_buffer=shares.group_plan,
+            qo_indptr=groups.group_indptr,
+            kv_lens=groups.group_lens,
+            first_pages=None,
+            causal=False,
+            window_left=-1,
+            many_rows_only=True,
+        )
+        return make_plan(**step)
+    return make_plan(
+        **step,
+        group_plan=shares.group_plan,
+        group_indptr=groups.group_indptr,
+        group_lens=groups.group_lens,
+        enable_pdl=True,  # set up during the search, before which all else has ended
     )
 
 

@@ -58,6 +58,7 @@ class Geometry:
     causal: bool
     window_left: int
     rope: bool
+    may_share: bool  # logits depend on no position, so that requests may share pages
 
 
 _geometries: dict[Geometry, Geometry] = {}
@@ -132,6 +133,9 @@ class AttentionSpec:
             causal=self.causal and not self.custom_mask,
             window_left=self.window_left,
             rope=self.rope_theta > 0,
+            may_share=not (
+                self.alibi or self.custom_mask or self.rope_theta > 0 or self.variant is not None
+            ),
         )
         object.__setattr__(self, "geometry", _geometries.setdefault(geometry, geometry))
 
@@ -146,6 +150,12 @@ class AttentionSpec:
             "head_dim_vo": self.head_dim_vo,
             "variant": None if self.variant is None else self.variant.code,
         }
+
+    @property
+    def group_kernel_types(self) -> dict[str, Any]:
+        """As kernel_types, of the kernel for what groups of requests share."""
+        names = ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def group_size(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fi_backend import env
 from fi_backend.errors import UnsupportedError
 from fi_backend.jit import KernelSpec, build
 from fi_backend.kernels import (
@@ -75,6 +76,8 @@ def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list
     specs = [device_plan.plan_spec() if on_gpu else host_plan.plan_spec()]
     for layer in layers:
         specs += attention.attention_specs(device_type=device_type, **layer.kernel_types)
+        if on_gpu and layer.geometry.may_share and env.SHARED_PREFIX.get():
+            specs.append(attention.group_spec(device_type=device_type, **layer.group_kernel_types))
         specs.append(
             append_kv.append_cuda_spec(layer.q_dtype, layer.kv_dtype)
             if on_gpu

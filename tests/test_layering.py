@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fi_backend"
 
 LEAVES = {"errors", "env"}
 DATA = {"spec", "batch", "workspace", "checks", "torch_ops", "variants"}
-CORE = {"planning", "attention", "attention_op"}
+CORE = {"planning", "attention", "attention_op", "shared_prefixes"}
 TOP = {"cli", "prebuilt", "warmup", "__init__"}
 
 

@@ -93,6 +93,10 @@ def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> No
     (specs,) = builds
     families = sorted(spec.name.split("_")[0] for spec in specs)
     assert families == ["append", "decode", "decode", "plan", "prefill", "prefill"]
+    monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "1")
+    compile_kernels(layers[:1], "cuda")
+    names = [spec.name for spec in builds.pop()]
+    assert [name for name in names if "f32" in name] == ["prefill_cuda_bf16_bf16_f32_d64x64"]
     compile_kernels([], "cuda")
     with pytest.raises(UnsupportedError, match="compile_kernels: head_dim_qk must be a multiple"):
         compile_kernels([layer(64), layer(40)], "cuda")

@@ -13,7 +13,7 @@ from fi_backend.kernels import attention_cuda, attention_line, attention_variant
 from fi_backend.kernels.decode import decode_spec
 from fi_backend.kernels.prefill import prefill_spec
 
-__all__ = ["attention_specs", "call_count", "load", "partial_floats"]
+__all__ = ["attention_specs", "call_count", "group_spec", "load", "load_groups", "partial_floats"]
 
 # Every run on CUDA launches the few-row kernel or the one for both lines: their modules count.
 _cuda_call_counts: dict[str, Callable[[], int]] = {}
@@ -48,22 +48,56 @@ def attention_specs(
 
 
 def load(
-    *, device_type: str = "cpu", **types: Any
+    *, device_type: str = "cpu", with_groups: bool = False, **types: Any
 ) -> attention_line.LineKernels | attention_cuda.CudaLineKernels:
     """Load the kernels, compiling them in parallel where no cache has them.
 
     Args:
         device_type: "cpu" or "cuda".
+        with_groups: load the kernel of group_spec() too, so that nothing is left to compile when
+            the first step shares pages.
         types: q_dtype, kv_dtype, o_dtype, head_dim_qk, head_dim_vo and, if it is not the built-in
             attention, variant; the modules of each target say which values it takes.
     """
     specs = attention_specs(device_type=device_type, **types)
+    if with_groups:
+        names = ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo")
+        of_groups = {name: types[name] for name in names}
+        jit.build([*specs, group_spec(device_type=device_type, **of_groups)])
+        load_groups(device_type=device_type, **of_groups)
     if device_type == "cuda":
         kernels = attention_cuda.load_lines(specs[:2], specs[2:])
         for spec in (specs[0], *specs[2:]):
             _cuda_call_counts[spec.name] = jit.load(spec).get_function("call_count")
         return kernels
     return attention_line.load_lines(specs)
+
+
+def group_spec(
+    *,
+    device_type: str,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+) -> KernelSpec:
+    """Describe the many-row kernel that attends to what groups of requests share."""
+    spec = attention_cuda.prefill_spec if device_type == "cuda" else prefill_spec
+    return spec(
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=torch.float32,
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+    )
+
+
+def load_groups(
+    *, device_type: str, **types: Any
+) -> attention_line.LineKernels | attention_cuda.CudaLineKernels:
+    """Load the kernel of group_spec(), whose arguments these are."""
+    loader = attention_cuda.load_lines if device_type == "cuda" else attention_line.load_lines
+    return loader((group_spec(device_type=device_type, **types),))
 
 
 def call_count() -> int:

@@ -72,7 +72,7 @@ def decode_spec(
         o_dtype=o_dtype,
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo,
-        more_templates=("decode_cuda_all_blocks.cu.j2",),
+        more_templates=("decode_cuda_some_blocks.cu.j2", "decode_cuda_all_blocks.cu.j2"),
         variant=variant,
     )
 
@@ -170,6 +170,11 @@ class CudaLineKernels:
         sinks: torch.Tensor | None = None,
         custom_mask: torch.Tensor | None = None,
         mask_indptr: torch.Tensor | None = None,
+        q_rows: torch.Tensor | None = None,
+        first_pages: torch.Tensor | None = None,
+        first_rows: torch.Tensor | None = None,
+        prior_out: torch.Tensor | None = None,
+        prior_lse: torch.Tensor | None = None,
         k_scale: float | torch.Tensor = 1.0,
         v_scale: float | torch.Tensor = 1.0,
         sm_scale: float,
@@ -209,6 +214,11 @@ class CudaLineKernels:
             sinks: as there.
             custom_mask: as there.
             mask_indptr: as there.
+            q_rows: as there.
+            first_pages: as there.
+            first_rows: as there.
+            prior_out: as there.
+            prior_lse: as there.
             k_scale: as there.
             v_scale: as there.
             sm_scale: as there.
@@ -252,6 +262,11 @@ class CudaLineKernels:
                 sinks,
                 custom_mask,
                 mask_indptr,
+                q_rows,
+                first_pages,
+                first_rows,
+                prior_out,
+                prior_lse,
                 k_scales,
                 v_scales,
                 k_value,

@@ -98,6 +98,11 @@ class LineKernels:
         sinks: torch.Tensor | None = None,
         custom_mask: torch.Tensor | None = None,
         mask_indptr: torch.Tensor | None = None,
+        q_rows: torch.Tensor | None = None,
+        first_pages: torch.Tensor | None = None,
+        first_rows: torch.Tensor | None = None,
+        prior_out: torch.Tensor | None = None,
+        prior_lse: torch.Tensor | None = None,
         k_scale: float | torch.Tensor = 1.0,
         v_scale: float | torch.Tensor = 1.0,
         sm_scale: float,
@@ -132,6 +137,15 @@ class LineKernels:
             sinks: float32 [num_qo_heads], logits that join the softmax denominator.
             custom_mask: uint8, little-endian bits [qo_len, kv_len] per request.
             mask_indptr: int32 [num_reqs + 1], each request's first byte of custom_mask.
+            q_rows: int32 [rows of out], row of q for each row of out and lse; None if the same.
+            first_pages: int32 [num_reqs], as planned: request r's kv_lens count from page
+                first_pages[r] of its table on. Where that is not 0, rows of the few-row line begin
+                with a prior state, of keys before; what depends on positions is not served then
+                (ALiBi, custom masks, windows that hide keys, rope, variants).
+            first_rows: int32 [num_reqs], the request's first row in prior_out and prior_lse.
+            prior_out: float32 [*, num_qo_heads, head_dim_vo], contiguous; computed with v_scale 1
+                and without sinks.
+            prior_lse: float32 [*, num_qo_heads], contiguous, base 2.
             k_scale: factor on keys: a float, or float32 [num_kv_heads].
             v_scale: factor on values: a float, or float32 [num_kv_heads].
             sm_scale: factor on logits.
@@ -167,6 +181,11 @@ class LineKernels:
             sinks,
             custom_mask,
             mask_indptr,
+            q_rows,
+            first_pages,
+            first_rows,
+            prior_out,
+            prior_lse,
             k_scales,
             v_scales,
             k_value,

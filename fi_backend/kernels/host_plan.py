@@ -49,6 +49,7 @@ def host_plan(
     plan_buffer: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_lens: torch.Tensor,
+    first_pages: torch.Tensor | None = None,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim_qk: int,
@@ -68,6 +69,8 @@ def host_plan(
         plan_buffer: int32 [plan_buffer_ints(...)], written.
         qo_indptr: int32 [num_reqs + 1], first query row of each request.
         kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
+        first_pages: int32 [num_reqs], where in its page table the kv_lens of a request begin; None
+            for the start.
         num_qo_heads: a multiple of num_kv_heads.
         num_kv_heads: heads of the cache.
         head_dim_qk: size of a query or key row.
@@ -95,6 +98,7 @@ def host_plan(
         plan_buffer,
         qo_indptr,
         kv_lens,
+        first_pages,
         num_qo_heads,
         num_kv_heads,
         head_dim_qk,

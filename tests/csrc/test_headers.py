@@ -114,9 +114,10 @@ template __global__ void rmsnorm_kernel<RmsNormTraits<T, T, 8, true>> ARG(RmsNor
 template __global__ void rmsnorm_long_kernel<RmsNormTraits<T, T, 1, true>> ARG(RmsNormParams);
 template __global__ void layernorm_kernel<LayerNormTraits<T, int8_t, 8>> ARG(LayerNormParams);
 template __global__ void layernorm_long_kernel<LayerNormTraits<T, Q, 1>> ARG(LayerNormParams);
-template __global__ void rope_kernel<RopeTraits<T, 8, true>> ARG(RopeParams);
-template __global__ void rope_kernel<RopeTraits<T, 1, false>> ARG(RopeParams);
-template __global__ void rope_append_kernel<RopeAppendTraits<T, Q, 8, 1, 4>> ARG(RopeAppendParams);
+template __global__ void rope_kernel<RopeTraits<T, 8, 8, true>> ARG(RopeParams);
+template __global__ void rope_kernel<RopeTraits<T, 1, 1, false>> ARG(RopeParams);
+template __global__ void
+    rope_append_kernel<RopeAppendTraits<T, Q, T, 8, 1, 4>> ARG(RopeAppendParams);
 template __global__ void
     gate_and_mul_kernel<ActivationTraits<T, Gelu, 8>> ARG(GatedActivationParams);
 }

@@ -174,17 +174,19 @@ def test_a_long_request_is_planned_at_once() -> None:
     [
         (1, (1024,), 128),
         (1, (8192,), 128),
-        (1, (131_072,), 392),
-        (1, (131_072, 100), 396),
+        (1, (131_072,), 128),
+        (1, (131_072, 100), 132),
         (1, (1024,) * 4, 128),
-        (1, (1024,) * 8, 384),
+        (1, (1024,) * 8, 128),
         (1, (1024,) * 5, 120),
         (1, (200,) * 5, 120),
-        (1, (3000,) * 5, 396),
-        (1, (1024,) * 10, 396),
-        (1, (4096,) * 8, 384),
+        (1, (3000,) * 5, 132),
+        (1, (1024,) * 10, 132),
+        (1, (4096,) * 8, 128),
         (5, (4096,) * 64, 132),
         (1, (16,), 8),
+        (1, (100,) * 17, 132),
+        (1, (1024,) * 17, 396),
         (1, (1024,) * 32, 256),
         (1, (1024,) * 48, 384),
     ],
@@ -193,7 +195,10 @@ def test_a_long_request_is_planned_at_once() -> None:
 def test_thread_blocks_get_work_that_is_worth_a_merge(
     qo_len: int, kv_lens: tuple[int, ...], active: int
 ) -> None:
-    """Three blocks an SM; the merge of an item's pieces is a tail that nothing hides."""
+    """One block an SM for few items or little work, otherwise three.
+
+    The merge of an item's pieces is a tail that nothing hides.
+    """
     lens = (qo_len,) * len(kv_lens), kv_lens
     step = Step(*lens, 4, 8, True, -1, 396, 0, False, "cuda")
     assert sum(map(bool, pieces(step, step.plan(), 0))) == active

@@ -203,17 +203,19 @@ def test_steps_that_may_have_many_rows_take_it(load: Load, load_both: tuple[Load
     lines = attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
     kernels = CudaLineKernels(lines, (mixed.mixed_spec(**types),))
     launched: list[str] = []
-    kernels._runs = [lambda *_: launched.append("line")] * 2
+    kernels._runs = [lambda *_: launched.append("few"), lambda *_: launched.append("many")]
     kernels._mixed_runs = [lambda *_: launched.append("mixed")]
     case = replace(STEP, head_dim_qk=64, head_dim_vo=64, padding_rows=0)
-    for requests, expected in (
-        (((1, 9),) * 5, ["line"] * 2),
-        (((2, 9),) * 5, ["line"] * 2),
-        (((1, 9),) * 5 + ((40, 40),), ["mixed"]),
+    for requests, max_qo_len, expected in (
+        (((1, 9),) * 5, None, ["few"]),
+        (((1, 9),) * 40, None, ["few", "many"]),
+        (((1, 9),) * 40, 1, ["few"]),
+        (((1, 9),) * 5 + ((40, 40),), None, ["mixed"]),
     ):
         launched.clear()
         now = replace(case, requests=requests)
-        kernels.run(**gpu_arguments(kernels, now, make_inputs(now)))
+        arguments = gpu_arguments(kernels, now, make_inputs(now))
+        kernels.run(**arguments, max_qo_len=max_qo_len)
         assert launched == expected
 
 

@@ -66,6 +66,16 @@ def test_edges_of_tiles_and_pages(load: Load, page_size: int, layout: str, causa
     check(load, replace(case, page_size=page_size, layout=layout, mask=Mask(causal=causal)))
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("num_workers", [2, 132])
+def test_edges_of_small_heads(load: Load, page_size: int, num_workers: int) -> None:
+    """Three warpgroups have tiles of 192 rows, of items dealt whole and cut."""
+    edges = (*EDGES, (191, 191), (192, 1000), (193, 320), (449, 449))
+    case = Case(edges, 2, 2, 64, 64, q_dtype=BF16, num_workers=num_workers, many_rows_only=True)
+    check(load, replace(case, page_size=page_size, mask=Mask(causal=True)))
+    check(load, replace(case, page_size=page_size, requests=((200, 9000), (64, 5000)), split=0))
+
+
 @pytest.mark.parametrize("window_left", [0, 1, 15, 31, 62, 63, 64, 65, 127, 128, 200, 511])
 @pytest.mark.parametrize("page_size", [1, 16, 256])
 def test_windows_that_begin_anywhere_in_a_tile(

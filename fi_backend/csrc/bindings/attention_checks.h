@@ -8,6 +8,14 @@
 
 namespace fi::bindings {
 
+// The forms of a page table, of which exactly one is given; see PageTable.
+struct PageTableArguments {
+  Optional<TensorView> page_indptr;
+  Optional<TensorView> page_indices;
+  Optional<TensorView> block_table;
+  Optional<TensorView> request_rows;
+};
+
 // The tensors and scalars of a run. Shapes as in AttentionParams; k_scales and v_scales override
 // k_scale and v_scale.
 struct AttentionArguments {
@@ -20,14 +28,16 @@ struct AttentionArguments {
   TensorView partials;     // f32
   TensorView qo_indptr;
   TensorView kv_lens;
-  Optional<TensorView> page_indptr;
-  Optional<TensorView> page_indices;
-  Optional<TensorView> block_table;
-  Optional<TensorView> request_rows;
+  PageTableArguments pages;
   Optional<TensorView> alibi_slopes;
   Optional<TensorView> sinks;
   Optional<TensorView> custom_mask;
   Optional<TensorView> mask_indptr;
+  Optional<TensorView> q_rows;
+  Optional<TensorView> first_pages;
+  Optional<TensorView> first_rows;
+  Optional<TensorView> prior_out;
+  Optional<TensorView> prior_lse;
   Optional<TensorView> k_scales;
   Optional<TensorView> v_scales;
   double k_scale;
@@ -48,7 +58,7 @@ inline const float* checked_scales(const char* name, const Optional<TensorView>&
 }
 
 // The one page-table form that the arguments describe.
-inline PageTable page_table(const AttentionArguments& a, int64_t page_size, int64_t num_reqs,
+inline PageTable page_table(const PageTableArguments& a, int64_t page_size, int64_t num_reqs,
                             DLDevice device) {
   PageTable table = {};
   table.page_size = static_cast<int32_t>(page_size);
@@ -83,6 +93,29 @@ inline PageTable page_table(const AttentionArguments& a, int64_t page_size, int6
   return table;
 }
 
+// The states of rows over shared pages that the arguments describe; see PriorStates.
+inline PriorStates prior_states(const AttentionArguments& a, int64_t head_dim_vo, int64_t num_reqs,
+                                DLDevice device) {
+  const bool is_given = a.first_pages.has_value();
+  for (const auto* other : {&a.first_rows, &a.prior_out, &a.prior_lse}) {
+    if (other->has_value() != is_given) {
+      TVM_FFI_THROW(ValueError) << "first_pages, first_rows, prior_out and prior_lse must be given "
+                                << "together";
+    }
+  }
+  if (!is_given) return {};
+  const TensorView &out = a.prior_out.value(), &lse = a.prior_lse.value();
+  check_tensor("first_pages", a.first_pages.value(), kDtypeOf<int32_t>, {num_reqs}, device);
+  check_tensor("first_rows", a.first_rows.value(), kDtypeOf<int32_t>, {num_reqs}, device);
+  check_tensor("prior_out", out, kDtypeOf<float>, {kAnySize, a.q.size(1), head_dim_vo}, device);
+  check_tensor("prior_lse", lse, kDtypeOf<float>, {out.size(0), a.q.size(1)}, device);
+  if (!out.IsContiguous() || !lse.IsContiguous()) {
+    TVM_FFI_THROW(ValueError) << "prior_out and prior_lse must be contiguous";
+  }
+  return {data_or_null<const float>(a.prior_out), data_or_null<const float>(a.prior_lse),
+          data_or_null<const int32_t>(a.first_rows)};
+}
+
 // Check all arguments but the contents of plan_buffer and the size of partials, which is the
 // target's. Traits: Q, Kv and Out are host types; kHeadDimQk, kHeadDimVo.
 template <class Traits>
@@ -96,9 +129,15 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   const int64_t page_size = a.k_cache.size(1), num_kv_heads = a.k_cache.size(2);
   check_tensor("v_cache", a.v_cache, kDtypeOf<typename Traits::Kv>,
                {a.k_cache.size(0), page_size, num_kv_heads, kVo}, device);
-  check_tensor("out", a.out, kDtypeOf<typename Traits::Out>, {num_rows, num_qo_heads, kVo}, device);
+  int64_t num_out_rows = num_rows;
+  if (a.q_rows.has_value()) {
+    check_tensor("q_rows", a.q_rows.value(), kDtypeOf<int32_t>, {kAnySize}, device);
+    num_out_rows = a.q_rows.value().size(0);
+  }
+  check_tensor("out", a.out, kDtypeOf<typename Traits::Out>, {num_out_rows, num_qo_heads, kVo},
+               device);
   if (a.lse.has_value()) {
-    check_tensor("lse", a.lse.value(), kDtypeOf<float>, {num_rows, num_qo_heads}, device);
+    check_tensor("lse", a.lse.value(), kDtypeOf<float>, {num_out_rows, num_qo_heads}, device);
   }
   check_tensor("kv_lens", a.kv_lens, kDtypeOf<int32_t>, {kAnySize}, device);
   const int64_t num_reqs = a.kv_lens.size(0);
@@ -140,6 +179,9 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   params.partials = static_cast<float*>(a.partials.data_ptr());
   params.qo_indptr = static_cast<const int32_t*>(a.qo_indptr.data_ptr());
   params.kv_lens = static_cast<const int32_t*>(a.kv_lens.data_ptr());
+  params.q_rows = data_or_null<const int32_t>(a.q_rows);
+  params.first_pages = data_or_null<const int32_t>(a.first_pages);
+  params.prior = prior_states(a, kVo, num_reqs, device);
   params.alibi_slopes = data_or_null<const float>(a.alibi_slopes);
   params.sinks = data_or_null<const float>(a.sinks);
   params.custom_mask = data_or_null<const uint8_t>(a.custom_mask);
@@ -148,7 +190,7 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   params.v_scale = checked_scales("v_scale", a.v_scales, num_kv_heads, device);
   params.k_scale_value = static_cast<float>(a.k_scale);
   params.v_scale_value = static_cast<float>(a.v_scale);
-  params.pages = page_table(a, page_size, num_reqs, device);
+  params.pages = page_table(a.pages, page_size, num_reqs, device);
   params.k_strides = {a.k_cache.stride(0), a.k_cache.stride(1), a.k_cache.stride(2)};
   params.v_strides = {a.v_cache.stride(0), a.v_cache.stride(1), a.v_cache.stride(2)};
   params.q_row_stride = a.q.stride(0);

@@ -37,7 +37,7 @@ inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool all
   const int vo = static_cast<int>(head_dim_vo);
   const bool is_sm90 = allows_sm90 && has_sm90_head_dims(qk, vo);
   return {cuda_few_rows_limit(qk, vo),
-          is_sm90 ? kSm90TileRows : many_row_tile(qk, vo),
+          is_sm90 ? sm90_tile_rows(qk, vo) : many_row_tile(qk, vo),
           64,
           64,
           16,
@@ -100,6 +100,15 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.section_tokens = limits.section_tokens;
   geometry.shares_sms = limits.shares_sms;
   return geometry;
+}
+
+// The data of first_pages, int32 [num_reqs], or nullptr.
+inline const int32_t* checked_first_pages(const Optional<TensorView>& first_pages, int64_t num_reqs,
+                                          DLDevice device) {
+  if (first_pages.has_value()) {
+    check_tensor("first_pages", first_pages.value(), kDtypeOf<int32_t>, {num_reqs}, device);
+  }
+  return data_or_null<const int32_t>(first_pages);
 }
 
 }  // namespace fi::bindings

@@ -25,18 +25,21 @@ bool run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
                       Optional<TensorView> page_indices, Optional<TensorView> block_table,
                       Optional<TensorView> request_rows, Optional<TensorView> alibi_slopes,
                       Optional<TensorView> sinks, Optional<TensorView> custom_mask,
-                      Optional<TensorView> mask_indptr, Optional<TensorView> k_scales,
-                      Optional<TensorView> v_scales, double k_scale, double v_scale,
-                      double sm_scale, double soft_cap, int64_t window_left, bool causal,
-                      double rope_scale, double rope_theta, int64_t num_workers,
+                      Optional<TensorView> mask_indptr, Optional<TensorView> q_rows,
+                      Optional<TensorView> first_pages, Optional<TensorView> first_rows,
+                      Optional<TensorView> prior_out, Optional<TensorView> prior_lse,
+                      Optional<TensorView> k_scales, Optional<TensorView> v_scales, double k_scale,
+                      double v_scale, double sm_scale, double soft_cap, int64_t window_left,
+                      bool causal, double rope_scale, double rope_theta, int64_t num_workers,
                       typename Member<Members>::Argument... members) {
   constexpr int kQk = Traits::kHeadDimQk;
   constexpr int kVo = Traits::kHeadDimVo;
+  const PageTableArguments pages = {page_indptr, page_indices, block_table, request_rows};
   const AttentionArguments arguments = {
-      q,         k_cache,     v_cache,     out,          lse,         plan_buffer,  partials,
-      qo_indptr, kv_lens,     page_indptr, page_indices, block_table, request_rows, alibi_slopes,
-      sinks,     custom_mask, mask_indptr, k_scales,     v_scales,    k_scale,      v_scale,
-      sm_scale,  soft_cap,    rope_scale,  rope_theta,   num_workers};
+      q,         k_cache,     v_cache,    out,          lse,        plan_buffer, partials,
+      qo_indptr, kv_lens,     pages,      alibi_slopes, sinks,      custom_mask, mask_indptr,
+      q_rows,    first_pages, first_rows, prior_out,    prior_lse,  k_scales,    v_scales,
+      k_scale,   v_scale,     sm_scale,   soft_cap,     rope_scale, rope_theta,  num_workers};
   AttentionParams params = checked_params<Traits>(arguments, kCpu);
   check_variant_options<typename Traits::Variant>(arguments);
   set_variant<typename Traits::Variant, Members...>(params, kCpu, members...);
@@ -58,14 +61,17 @@ bool run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   check_plan_field("window_left", planned.window_left, window_left);
   check_plan_field("causal", planned.causal, causal);
   check_plan_field("tile_rows", planned.tile_rows, many_row_tile(kQk, kVo));
-  if (params.qo_indptr[num_reqs] > q.size(0)) {
-    TVM_FFI_THROW(ValueError) << "q: must have qo_indptr[-1] = " << params.qo_indptr[num_reqs]
-                              << " rows or more, got " << q.size(0);
+  const int64_t rows = q_rows.has_value() ? q_rows.value().size(0) : q.size(0);
+  if (params.qo_indptr[num_reqs] > rows) {
+    TVM_FFI_THROW(ValueError) << (q_rows.has_value() ? "q_rows" : "q")
+                              << ": must have qo_indptr[-1] = " << params.qo_indptr[num_reqs]
+                              << " rows or more, got " << rows;
   }
 
   if (plan.has_work[Traits::kLine]) {
-    // A plan with work in both lines is one run of the layer: its first line counts it.
-    if (Traits::kLine == kFewRows || !plan.has_work[kFewRows]) {
+    // A plan with work in both lines is one run of the layer, which its first line counts; what
+    // groups of requests share is a part of another.
+    if (Traits::kLine == kFewRows || (!plan.has_work[kFewRows] && !q_rows.has_value())) {
       count_attention_run();
     }
     cpu::run_line<Traits>(params, plan);

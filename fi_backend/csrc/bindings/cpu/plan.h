@@ -2,8 +2,10 @@
 #pragma once
 
 #include <bindings/plan_geometry.h>
+#include <bindings/shared_prefix.h>
 #include <fi_backend/attention/cpu/scratch.h>
 #include <fi_backend/plan/host_plan.h>
+#include <fi_backend/plan/host_shared_prefix.h>
 
 namespace fi::bindings {
 
@@ -18,11 +20,12 @@ inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. for_cuda: the plan
 // is for the CUDA kernels, and bad lengths are empty as on a device; else they are an error.
-// allows_sm90: see cuda_limits().
+// allows_sm90: see cuda_limits(). first_pages int32 [num_reqs]: see RequestSpan.
 inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
-                      int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim_qk,
-                      int64_t head_dim_vo, bool causal, int64_t window_left, int64_t num_workers,
-                      int64_t split, bool many_rows_only, bool for_cuda, bool allows_sm90) {
+                      Optional<TensorView> first_pages, int64_t num_qo_heads, int64_t num_kv_heads,
+                      int64_t head_dim_qk, int64_t head_dim_vo, bool causal, int64_t window_left,
+                      int64_t num_workers, int64_t split, bool many_rows_only, bool for_cuda,
+                      bool allows_sm90) {
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
   const TileLimits limits = for_cuda ? cuda_limits(qk, vo, allows_sm90) : cpu_limits(qk, vo);
@@ -31,6 +34,7 @@ inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView k
                     window_left, num_workers, split, many_rows_only, kCpu);
   const auto* indptr = static_cast<const int32_t*>(qo_indptr.data_ptr());
   const auto* lens = static_cast<const int32_t*>(kv_lens.data_ptr());
+  const int32_t* pages = checked_first_pages(first_pages, geometry.num_reqs, kCpu);
   for (int32_t r = 0; !for_cuda && r < geometry.num_reqs; ++r) {
     if (indptr[r] < 0 || indptr[r + 1] < indptr[r]) {
       TVM_FFI_THROW(ValueError) << "qo_indptr must start at 0 or above and never decrease, got "
@@ -41,7 +45,26 @@ inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView k
                                 << r;
     }
   }
-  plan_work(geometry, indptr, lens, static_cast<int32_t*>(plan_buffer.data_ptr()));
+  plan_work(geometry, indptr, lens, pages, static_cast<int32_t*>(plan_buffer.data_ptr()));
+}
+
+// See shared_prefix_params(). for_cuda: of a batch that CUDA kernels run.
+inline void find_shared_prefixes(
+    TensorView qo_indptr, TensorView kv_lens, Optional<TensorView> page_indptr,
+    Optional<TensorView> page_indices, Optional<TensorView> block_table,
+    Optional<TensorView> request_rows, int64_t page_size, TensorView own_lens,
+    TensorView first_pages, TensorView first_rows, TensorView group_indptr, TensorView group_lens,
+    TensorView group_tables, TensorView q_rows, TensorView scratch, int64_t num_qo_heads,
+    int64_t num_kv_heads, int64_t head_dim_qk, int64_t head_dim_vo, int64_t window_left,
+    int64_t min_tokens, int64_t worth_keys, bool for_cuda) {
+  const int qk = static_cast<int>(head_dim_qk);
+  const int vo = static_cast<int>(head_dim_vo);
+  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, false) : cpu_limits(qk, vo);
+  const SharedPrefixParams params = shared_prefix_params(
+      qo_indptr, kv_lens, {page_indptr, page_indices, block_table, request_rows}, page_size,
+      {own_lens, first_pages, first_rows, group_indptr, group_lens, group_tables, q_rows, scratch},
+      num_qo_heads, num_kv_heads, limits.few_rows, window_left, min_tokens, worth_keys, kCpu);
+  fi::find_shared_prefixes(params);
 }
 
 }  // namespace fi::bindings

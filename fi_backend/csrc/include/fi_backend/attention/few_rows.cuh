@@ -138,6 +138,7 @@ class FewRowsCompute {
       for (int n = 0; n < kBlocks; ++n) {
         if (n * Traits::kRowGroups + row_group() != block) continue;
         softmax.store(n, shared_.states[token_warp()], scratch_values(token_warp()));
+        if (unit.prior_row >= 0 && token_warp() == 0) merge_prior(unit, block * kRowBlock);
       }
       if ((block + 1) * kRowBlock >= unit.num_rows) return;
       barrier();
@@ -170,6 +171,52 @@ class FewRowsCompute {
             .store(unit.first_row + first + row, column, merged);
       }
     }
+  }
+
+  // Put the states of a block's rows over the keys that come before the unit's (PriorStates) before
+  // what this warp, the first, has just stored.
+  __device__ __forceinline__ void merge_prior(const FewRowsUnit& unit, int first) const {
+    constexpr int kInFlight = 4;  // loads that cover each other's latency
+    // Read anew, so that nothing of it is kept in registers while units are computed.
+    const AttentionParams* a = &p_.attention;
+    asm volatile("" : "+l"(a));
+    const auto load = [&](int row, int column) -> RowPart {
+      const LogitRow& r = rows_[first + row];
+      const int64_t at = int64_t{unit.prior_row + r.qo_idx} * a->num_qo_heads + r.head;
+      const float* values = a->prior.out + at * Traits::kVo + column;
+      return {__ldcg(a->prior.lse + at), 1.f, __ldcg(reinterpret_cast<const float4*>(values))};
+    };
+    SoftmaxState* states = shared_.states[0];
+    const int num_rows = min(kRowBlock, unit.num_rows - first);
+    const int count = num_rows * kAccesses;
+    const int lane = threadIdx.x % kWarpSize;
+    __syncwarp();
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kInFlight * kWarpSize) {
+      RowPart merged[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int n = min(begin + i * kWarpSize + lane, count - 1);
+        merged[i] = load(n / kAccesses, n % kAccesses * kValuesPerAccess);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int n = begin + i * kWarpSize + lane;
+        if (n >= count) break;
+        const int row = n / kAccesses;
+        float* to =
+            scratch_values(0) + scratch_offset<Traits>(row, n % kAccesses * kValuesPerAccess);
+        const RowPart own[1] = {{states[row].max, states[row].sum, *reinterpret_cast<float4*>(to)}};
+        merge_parts(merged[i], own);
+        *reinterpret_cast<float4*>(to) = merged[i].values;
+      }
+    }
+    __syncwarp();
+    if (lane >= num_rows) return;
+    RowPart merged = load(lane, 0);
+    const RowPart own[1] = {{states[lane].max, states[lane].sum, {}}};
+    merge_parts(merged, own);
+    states[lane] = {merged.max, merged.sum};
   }
 
   __device__ __forceinline__ void write_output(const WorkPiece& piece, const LogitRow& logit_row,

@@ -7,6 +7,7 @@
 
 #include <fi_backend/attention/few_rows_params.cuh>
 #include <fi_backend/attention/few_rows_traits.cuh>
+#include <fi_backend/common/fresh_registers.cuh>
 #include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/cp_async.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
@@ -45,7 +46,8 @@ class FewRowsCopies {
     if (g.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
 #pragma unroll 1
     while (true) {
-      WorkUnits units(g, range, worker, Traits::kUnitRows, a_.qo_indptr, a_.kv_lens);
+      WorkUnits units(g, range, worker, Traits::kUnitRows, a_.qo_indptr, a_.kv_lens,
+                      a_.first_pages);
 #pragma unroll 1
       while (units.next()) copy_unit(g, units);
       worker += num_blocks;
@@ -59,7 +61,8 @@ class FewRowsCopies {
   }
 
  private:
-  // Where a request's pages are listed; table == nullptr: they are those from `first` on.
+  // Where the pages of a piece's request are listed; table == nullptr: they are those from `first`
+  // on.
   struct PageRow {
     const int32_t* table;
     int32_t first;
@@ -74,23 +77,25 @@ class FewRowsCopies {
 
   // The share of this warp. That of K comes with the units.
   __device__ __forceinline__ static int copy_warp() {
-    return Traits::kCopyWarps == 1 ? 0 : (int(threadIdx.x) - Traits::kComputeThreads) / kWarpSize;
+    if constexpr (Traits::kCopyWarps == 1) return 0;
+    return (fresh_thread() - Traits::kComputeThreads) / kWarpSize;
   }
   __device__ __forceinline__ static bool copies_keys() { return copy_warp() == 0; }
   __device__ __forceinline__ static bool copies_values() {
     return copy_warp() == Traits::kCopyWarps - 1;
   }
 
-  __device__ __forceinline__ PageRow pages_of(int32_t request) const {
-    const int32_t* table = a_.pages.pages_of(request);
-    return {table, table == nullptr ? a_.pages.indptr[request] : 0};
+  __device__ __forceinline__ PageRow pages_of(const WorkPiece& piece) const {
+    const int32_t* table = a_.pages.pages_of(piece.request);
+    if (table == nullptr) return {nullptr, a_.pages.indptr[piece.request]};
+    return {table + piece.first_page, 0};
   }
 
   // Page ids, then queries, then tiles: in the order in which something waits for them.
   __device__ __forceinline__ void copy_unit(const WorkGeometry& g, const WorkUnits& units) {
     const int32_t begin = units.tokens().begin;
     const int32_t end = units.tokens().end;
-    const PageRow pages = pages_of(units.piece().request);
+    const PageRow pages = pages_of(units.piece());
     load_page_ids(pages, begin, end);
     if (copies_keys()) copy_queries(g, units);
     const int head = units.piece().kv_head;
@@ -145,7 +150,7 @@ class FewRowsCopies {
   // Hand a unit to the other warps.
   __device__ __forceinline__ void publish(const WorkUnits& units) {
     if (lane() == 0) {
-      units.describe(p_.partials, shared_.units[unit_.slot]);
+      units.describe(p_.partials, a_.prior.first_rows, shared_.units[unit_.slot]);
       ptx::mbarrier_arrive(unit_full());
     }
     unit_.advance(Traits::kUnitSlots);

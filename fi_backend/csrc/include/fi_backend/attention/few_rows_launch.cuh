@@ -74,12 +74,18 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
                 stream, l.enable_pdl, p);
 }
 
-// The two instances of a module, for units of one block of rows and of all that an item may have.
-// They take as long to compile, so each has a file of its own.
+// The instances of a module: for units of one block of rows, of as many as there are groups of
+// warps to compute them side by side, and of all that an item may have. They take as long to
+// compile, so each has a file of its own.
 template <class Q, class Kv, class Out, int kQk, int kVo, class Variant = NoVariant>
 struct FewRowsInstances {
   static constexpr int kAllBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
+  // Stages of narrow heads are small: a third group that waits for each costs more than it
+  // computes.
+  static constexpr int kRowGroups = kQk <= 64 && kVo <= 64 ? 2 : kMaxRowGroups;
+  static constexpr int kSomeBlocks = kAllBlocks < kRowGroups ? kAllBlocks : kRowGroups;
   using OneBlock = FewRowsTraits<Q, Kv, Out, kQk, kVo, 1, Variant>;
+  using SomeBlocks = FewRowsTraits<Q, Kv, Out, kQk, kVo, kSomeBlocks, Variant>;
   using AllBlocks = FewRowsTraits<Q, Kv, Out, kQk, kVo, kAllBlocks, Variant>;
 };
 
@@ -90,8 +96,14 @@ cudaError_t few_rows(const AttentionParams& params, const FewRowsLaunch& l, cuda
   if (l.num_reqs == 0) return cudaSuccess;
   const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
   const int64_t typical_rows = group_size * ((l.num_rows + l.num_reqs - 1) / l.num_reqs);
-  return typical_rows <= kRowBlock ? launch_units<typename Instances::OneBlock>(params, l, stream)
-                                   : launch_units<typename Instances::AllBlocks>(params, l, stream);
+  const bool has_one_block = typical_rows <= kRowBlock;
+  if (has_one_block && !has_few_items(l.num_reqs, params.num_kv_heads, l.num_workers)) {
+    return launch_units<typename Instances::OneBlock>(params, l, stream);
+  }
+  if (typical_rows <= Instances::kSomeBlocks * kRowBlock) {
+    return launch_units<typename Instances::SomeBlocks>(params, l, stream);
+  }
+  return launch_units<typename Instances::AllBlocks>(params, l, stream);
 }
 
 }  // namespace fi

@@ -87,7 +87,7 @@ __device__ __forceinline__ void prepare_queries(const AttentionParams& p, const 
   float missing = 1.f;  // of the lane's row
   if constexpr (Traits::kIsFp8Cache) {
 #pragma unroll 1
-    for (int i = 0; i < num_rows / kWarps; ++i) {
+    for (int i = 0; warp + i * kWarps < num_rows; ++i) {
       const float factor = convert_for_fp8<Traits>(q, warp + i * kWarps);
       if (lane == i) missing = factor;
     }

@@ -14,6 +14,7 @@ namespace fi {
 inline constexpr int kTileTokens = 16;  // rows of an mma
 inline constexpr int kTokenWarps = 4;   // that tiles are dealt to
 inline constexpr int kRowBlock = 8;     // columns of an mma: packed query rows
+inline constexpr int kMaxRowGroups = 3;
 
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A unit has up to kUnitBlocks
 // blocks of rows: with one of them, more CTAs fit an SM and hide each other's latencies.
@@ -35,15 +36,15 @@ struct FewRowsTraits {
 
   static constexpr int kItemRows = cuda_few_rows_limit(kQk, kVo);
   static constexpr int kUnitRows = kUnitBlocks * kRowBlock;
-  // Two groups of warps share many rows: each computes every other block of them. More would not
-  // fit a warp's registers.
-  static constexpr int kRowGroups = kUnitBlocks == 1 ? 1 : 2;
+  // A group of warps for each block of rows, as long as a warp then has the 128 registers that it
+  // takes. Two groups share more rows: each computes every other block.
+  static constexpr int kRowGroups = kUnitBlocks > kMaxRowGroups ? 2 : kUnitBlocks;
   static constexpr int kBlocksPerWarp = kUnitBlocks / kRowGroups;
   static constexpr int kComputeWarps = kTokenWarps * kRowGroups;
   static constexpr int kComputeThreads = kComputeWarps * kWarpSize;
   // One block an SM needs a warp for copies of K and one for V; where there are more blocks, one
   // does both.
-  static constexpr int kCopyWarps = kRowGroups;
+  static constexpr int kCopyWarps = kRowGroups > 1 ? 2 : 1;
   static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
   static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
 

@@ -154,13 +154,13 @@ class ManyRowsWorker {
   }
 
   __device__ __forceinline__ void end_item(const ManyRowsItem& item) {
-    // An item without tokens has not waited for its queries, whose place the output takes.
+    // An item without tokens has not waited for its queries, whose place the next ones take.
     ptx::cp_async_wait<0>();
     __syncwarp();
     rows_.sums.add_lanes();
     const WorkPiece& piece = item.piece;
     if (piece.whole()) {
-      write_output<Traits>(p_, g_, item, first_row(), rows_, warp_rows());
+      write_output<Traits>(p_, g_, item, first_row(), rows_);
       return;
     }
     write_partial<Traits>(PartialItem<Traits>(p_, item.holders, item.holders.rank), piece.num_rows,

@@ -14,6 +14,13 @@ __device__ __forceinline__ int32_t tile_token(const ManyRowsItem& item, int row)
   return item.first_token + static_cast<int32_t>(item.group_size(item.first_head + row));
 }
 
+// The row of q that a query token of a piece's request is.
+__device__ __forceinline__ int64_t query_row(const AttentionParams& p, const WorkPiece& piece,
+                                             int32_t qo_idx) {
+  const int32_t row = piece.qo_begin + qo_idx;
+  return p.q_rows == nullptr ? row : p.q_rows[row];
+}
+
 // The packed row `row` of an item's tile.
 __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const WorkGeometry& g,
                                              const ManyRowsItem& item, int row) {
@@ -81,7 +88,7 @@ __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Wor
     const bool exists = first_row + i < item.piece.num_rows;
     const LogitRow row = tile_row(p, g, item, exists ? first_row + i : 0);
     const T* from = static_cast<const T*>(p.q) +
-                    (int64_t{item.piece.qo_begin} + row.qo_idx) * p.q_row_stride +
+                    query_row(p, item.piece, row.qo_idx) * p.q_row_stride +
                     row.head * p.q_head_stride + chunk * (kChunkBytes / int(sizeof(T)));
     ptx::cp_async_16(rows + Rows::offset(i, chunk), from, exists);
   }

@@ -31,80 +31,62 @@ __device__ __forceinline__ void store_pair(T* to, float low, float high) {
   *reinterpret_cast<uint32_t*>(to) = ptx::pack_pair<T>(low, high);
 }
 
-// Write this warp's rows from shared memory, in words of sizeof(Word).
-template <class Traits, class Word, int kBatch>
-__device__ __forceinline__ void copy_output(const AttentionParams& p, const WorkGeometry& g,
-                                            const ManyRowsItem& item, int first_row,
-                                            const uint8_t* buffer) {
-  using Rows = typename Traits::OutRows;
-  constexpr int kWords = Rows::kRowBytes / int(sizeof(Word));
-  constexpr int kPerChunk = kChunkBytes / int(sizeof(Word));
-  const int num_rows = item.piece.num_rows - first_row;
-  const int lane = fresh_thread() % 32;
-#pragma unroll 1
-  for (int first = 0; first < Traits::kWarpRows * kWords; first += kBatch * 32) {
-    Word words[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int n = first + b * 32 + lane;
-      words[b] = *reinterpret_cast<const Word*>(
-          buffer + Rows::offset(n / kWords, n % kWords / kPerChunk) + n % kPerChunk * sizeof(Word));
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int n = first + b * 32 + lane;
-      const LogitRow row = tile_row(p, g, item, first_row + n / kWords);
-      Word* to = reinterpret_cast<Word*>(output_row<Traits>(p, item, row)) + n % kWords;
-      if (n / kWords < num_rows) *to = words[b];
-    }
-  }
+// Store two blocks of 8 values of a row, whose four lanes hold two values of each: `low` and
+// `high`. All lanes of a warp call this, and `exists` is the same in a row's lanes.
+__device__ __forceinline__ void store_blocks(float* to, const float* low, const float* high,
+                                             bool exists) {
+  const int lane_in_row = fresh_thread() % 4;
+  if (!exists) return;
+  store_pair(to + 2 * lane_in_row, low[0], low[1]);
+  store_pair(to + 8 + 2 * lane_in_row, high[0], high[1]);
+}
+// Pairs of 16-bit values do not fill sectors: neighbouring lanes exchange one, and each has four
+// neighbouring values of one block then.
+template <class T>
+__device__ __forceinline__ void store_blocks(T* to, const float* low, const float* high,
+                                             bool exists) {
+  const int lane_in_row = fresh_thread() % 4;
+  const bool has_high = lane_in_row % 2;
+  const uint32_t low_pair = ptx::pack_pair<T>(low[0], low[1]);
+  const uint32_t high_pair = ptx::pack_pair<T>(high[0], high[1]);
+  const uint32_t other = __shfl_xor_sync(kFullWarp, has_high ? low_pair : high_pair, 1);
+  const uint2 four = has_high ? make_uint2(other, high_pair) : make_uint2(low_pair, other);
+  T* place = to + 8 * has_high + lane_in_row / 2 * 4;  // rows are aligned to 8 bytes at least
+  if (exists) *reinterpret_cast<uint2*>(place) = four;
 }
 
-// Normalise and write this warp's rows. Their way to memory leads through `buffer`, the warp's part
-// of shared memory, so that whole sectors are written.
+// Normalise and write this warp's rows.
 template <class Traits>
 __device__ __forceinline__ void write_output(const AttentionParams& p, const WorkGeometry& g,
                                              const ManyRowsItem& item, int first_row,
-                                             const RowStates<Traits>& rows, uint8_t* buffer) {
-  using T = typename Traits::Out;
-  using Rows = typename Traits::OutRows;
+                                             const RowStates<Traits>& rows) {
   using Variant = typename Traits::Variant;
-  // Pairs of floats fill sectors as they are; pairs of 16-bit values do not.
-  constexpr bool kIsDirect = sizeof(T) == 4;
   const PieceVariant<Variant> variant(p, item.piece);
   const int lane = fresh_thread() % 32;
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int i = 16 * m + 8 * h + lane / 4;
-      if (first_row + i >= item.piece.num_rows) continue;
-      const LogitRow row = tile_row(p, g, item, first_row + i);
+      const int i = first_row + 16 * m + 8 * h + lane / 4;
+      const bool exists = i < item.piece.num_rows;
+      const LogitRow row = tile_row(p, g, item, min(i, item.piece.num_rows - 1));
       const RowResult result =
           finish_row<Variant>(p, item.piece, row, rows.sums.max[m][h], rows.sums.sum[m][h]);
-      if (lane % 4 == 0) write_lse(p, item, row, result.lse);
+      if (exists && lane % 4 == 0) write_lse(p, item, row, result.lse);
       const variants::Row at = variant.row(row.qo_idx, row.head);
+      typename Traits::Out* to = output_row<Traits>(p, item, row);
 #pragma unroll
-      for (int j = 0; j < Traits::kVo / 8; ++j) {
-        const float* x = rows.o[m][j] + 2 * h;
-        T* to = kIsDirect ? output_row<Traits>(p, item, row) + 8 * j
-                          : reinterpret_cast<T*>(buffer + Rows::offset(i, j));
-        const int dim = 8 * j + lane % 4 * 2;
-        store_pair(to + lane % 4 * 2, variant.output(x[0] * result.factor, at, dim),
-                   variant.output(x[1] * result.factor, at, dim + 1));
+      for (int j = 0; j < Traits::kVo / 8; j += 2) {
+        float x[2][2];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int dim = 8 * (j + n / 2) + lane % 4 * 2 + n % 2;
+          x[n / 2][n % 2] =
+              variant.output(rows.o[m][j + n / 2][2 * h + n % 2] * result.factor, at, dim);
+        }
+        store_blocks(to + 8 * j, x[0], x[1], exists);
       }
     }
-  }
-  if constexpr (kIsDirect) return;
-  __syncwarp();
-  constexpr int kBatch = Traits::kRowBlocks > 1 ? 4 : Traits::kVo % 64 == 0 ? 4 : 2;
-  // Rows are aligned to 8 bytes at least.
-  const uint64_t places = reinterpret_cast<uint64_t>(p.out) | p.out_row_stride * sizeof(T) |
-                          p.out_head_stride * sizeof(T);
-  if (places % sizeof(uint4) == 0) {
-    copy_output<Traits, uint4, kBatch>(p, g, item, first_row, buffer);
-  } else {
-    copy_output<Traits, uint2, 1>(p, g, item, first_row, buffer);
   }
 }
 
@@ -190,7 +172,7 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
   const ItemHolders& holders = item.holders;
   const int count = item.piece.num_rows * kVecs;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < count; first += kRows * kManyRowsThreads) {
+  for (int first = threadIdx.x; first < count; first += kRows * Traits::kComputeThreads) {
     float4 o[kRows] = {};
     float2 state[kRows];  // maximum and sum
 #pragma unroll
@@ -204,7 +186,7 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
         const PartialItem<Traits> part(p, holders, min(begin + k, holders.count - 1));
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const int n = min(first + i * kManyRowsThreads, count - 1);
+          const int n = min(first + i * Traits::kComputeThreads, count - 1);
           others[k][i] = __ldcg(part.max_and_sum(n / kVecs));
           x[k][i] = __ldcg(reinterpret_cast<const float4*>(part.row(n / kVecs)) + n % kVecs);
         }
@@ -218,7 +200,7 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int n = first + i * kManyRowsThreads;
+      const int n = first + i * Traits::kComputeThreads;
       if (n >= count) break;
       const LogitRow row = tile_row(p, g, item, n / kVecs);
       const RowResult result = finish_row<Variant>(p, item.piece, row, state[i].x, state[i].y);

@@ -7,6 +7,7 @@
 #include <fi_backend/attention/many_rows_walk.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
 #include <fi_backend/common/dtypes.cuh>
+#include <fi_backend/common/fresh_registers.cuh>
 
 namespace fi {
 
@@ -18,21 +19,6 @@ inline constexpr int kTileStages = 2;  // one tile is computed on while the next
 // widened there.
 template <class Q, class Kv, int kQk, int kVo>
 inline constexpr bool kHasSm90Kernel = kIsSame<Q, Kv> && has_sm90_head_dims(kQk, kVo);
-
-// threadIdx.x, read anew: what follows from it is computed where it is used. Left to itself the
-// compiler keeps dozens of addresses in registers through a loop that has none to spare.
-__device__ __forceinline__ int fresh_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// blockIdx.x, likewise: the plan's worker that this CTA is.
-__device__ __forceinline__ int fresh_block() {
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return block;
-}
 
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A CTA works on kTileRows
 // query rows, each warp on its own share of them, and on kTokens tokens at a time.
@@ -51,6 +37,7 @@ struct ManyRowsTraits {
   static constexpr int kVo = kHeadDimVo;
   static constexpr int kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;
+  static constexpr int kComputeThreads = kManyRowsThreads;
   static constexpr int kGroupThreads = kManyRowsThreads / kGroups;
   static constexpr int kTileRows = many_row_tile(kQk, kVo);
   static constexpr int kWarpRows = kTileRows / kManyRowsWarps;
@@ -65,7 +52,6 @@ struct ManyRowsTraits {
   using QRows = SwizzledRows<kQk* int(sizeof(Q))>;
   using KRows = SwizzledRows<kQk* int(sizeof(Q))>;
   using VRows = SwizzledRows<kVo* int(sizeof(Q))>;
-  using OutRows = SwizzledRows<kVo* int(sizeof(Q))>;
 };
 
 // Where a token's rows begin in the caches, in elements from its head's first row; k < 0: nowhere.

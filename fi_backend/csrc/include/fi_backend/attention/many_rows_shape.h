@@ -6,8 +6,10 @@
 namespace fi {
 
 // Packed rows per query tile where many_rows_sm90.cuh computes the many-row line: as many as a
-// block of it has in work.
-constexpr int kSm90TileRows = 128;
+// block of it has in work. Small heads leave the registers for a third group of warps.
+constexpr int sm90_tile_rows(int head_dim_qk, int head_dim_vo) {
+  return head_dim_qk <= 64 && head_dim_vo <= 64 ? 192 : 128;
+}
 
 // Head sizes that it is made for.
 constexpr bool has_sm90_head_dims(int qk, int vo) {

@@ -16,7 +16,7 @@ namespace fi {
 template <class Traits>
 __device__ __forceinline__ void init_barriers(const ManyRowsSm90Params& params,
                                               Sm90Memory<Traits>& memory) {
-  constexpr int kComputeWarps = kComputeThreads / kWarpSize;
+  constexpr int kComputeWarps = Traits::kComputeThreads / kWarpSize;
   const auto init = [](uint64_t* barriers, int size, int count) {
     for (int i = 0; i < size; ++i) ptx::mbarrier_init(ptx::shared_address(barriers + i), count);
   };
@@ -55,15 +55,16 @@ __device__ __forceinline__ void load_plan(const ManyRowsSm90Params& params,
 }
 
 #if FI_HAS_WGMMA
-inline constexpr int kSm90LaunchBound = kSm90Threads;
+template <class Traits>
+inline constexpr int kSm90LaunchBound = Traits::kThreads;
 
 // The work of a thread block, if there is any in the plan; see ManyRowsWalk::begin(). All
-// kSm90Threads threads call this, with the registers that the launch bound leaves them.
+// Traits::kThreads threads call this, with the registers that the launch bound leaves them.
 template <class Traits>
 __device__ __forceinline__ void run_many_rows(const ManyRowsSm90Params& params,
                                               Sm90Memory<Traits>& memory, int32_t first_worker,
                                               uint32_t num_dealt) {
-  if (threadIdx.x >= kComputeThreads) {
+  if (threadIdx.x >= Traits::kComputeThreads) {
     load_plan<Traits>(params, memory, first_worker, num_dealt);
   } else if (threadIdx.x == 0) {
     init_barriers<Traits>(params, memory);
@@ -76,7 +77,7 @@ __device__ __forceinline__ void run_many_rows(const ManyRowsSm90Params& params,
   if (memory.plan_header[kHasWorkInt + kManyRows] == kNoWork) return;
   // The same in all lanes, which the compiler cannot see by itself.
   const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
-  if (group == kNumGroups) {
+  if (group == Traits::kGroups) {
     ptx::release_registers<Traits::kLoadRegisters>();
     Sm90Loader<Traits>(params, memory).run();
   } else {
@@ -86,12 +87,13 @@ __device__ __forceinline__ void run_many_rows(const ManyRowsSm90Params& params,
 }
 #else
 // What is compiled for other architectures does nothing: the launcher tells it by this bound.
+template <class Traits>
 inline constexpr int kSm90LaunchBound = kWarpSize;
 #endif
 
 // Grid: at most a CTA per SM. Dynamic shared memory: sizeof(Sm90Memory<Traits>) and its alignment.
 template <class Traits>
-__global__ void __launch_bounds__(kSm90LaunchBound, 1)
+__global__ void __launch_bounds__(kSm90LaunchBound<Traits>, 1)
     many_rows_sm90_kernel(const __grid_constant__ ManyRowsSm90Params params) {
   ptx::grid_dependency_wait();
 #if FI_HAS_WGMMA

@@ -10,15 +10,12 @@
 
 #include <fi_backend/attention/many_rows_output.cuh>
 #include <fi_backend/attention/many_rows_sm90_shape.cuh>
+#include <fi_backend/attention/many_rows_sm90_softmax.cuh>
 #include <fi_backend/ptx/named_barrier.cuh>
 #include <fi_backend/ptx/tma.cuh>
 #include <fi_backend/ptx/wgmma.cuh>
 
 namespace fi {
-
-// The weights of a tile as a wgmma takes them: 16 tokens at a time.
-template <class Traits>
-using WeightTile = uint32_t[Traits::kTokens / 16][4];
 
 template <class Traits>
 class Sm90Computer {
@@ -38,26 +35,19 @@ class Sm90Computer {
         group_(group) {}
 
   __device__ __forceinline__ void run() {
-    if (group_ == 1) ptx::named_barrier_arrive<kComputeThreads>(kTurnBarrier);  // group 0 begins
+    if (group_ == Traits::kGroups - 1) give_turn();  // group 0 begins
     for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_full[place.index()]), place.parity());
-      see_copies();
       const Sm90Unit& unit = memory_.units[place.index()];
       if (!unit.exists) return;
-      uint8_t* queries = memory_.q[place.index()][group_];
       rows_.clear();
-      if (unit.num_tiles > 0) attend(unit, ptx::shared_address(queries));
-      end_unit(unit, queries);
+      if (unit.num_tiles > 0) attend(unit, place.index());
+      end_unit(unit);
       release(memory_.unit_empty[place.index()]);
     }
   }
 
  private:
-  // What other threads have copied row by row is not there for wgmma before this.
-  __device__ __forceinline__ void see_copies() const {
-    if (!params_.has_maps()) ptx::fence_async_proxy();
-  }
-
   __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
     return ptx::shared_address(&barrier);
   }
@@ -70,29 +60,38 @@ class Sm90Computer {
     ptx::named_barrier_sync<kGroupThreads>(kGroupBarrier + group_);
   }
   __device__ __forceinline__ void wait_for_turn() const {
-    ptx::named_barrier_sync<kComputeThreads>(kTurnBarrier + group_);
+    ptx::named_barrier_sync<2 * kGroupThreads>(kTurnBarrier + group_);
   }
   __device__ __forceinline__ void give_turn() const {
-    ptx::named_barrier_arrive<kComputeThreads>(kTurnBarrier + 1 - group_);
+    const int next = group_ == Traits::kGroups - 1 ? 0 : group_ + 1;
+    ptx::named_barrier_arrive<2 * kGroupThreads>(kTurnBarrier + next);
   }
   // This warp's first row in the item's tile.
   __device__ __forceinline__ static int first_row(const Sm90Unit& unit) {
     return unit.first_row + fresh_thread() / kWarpSize * Traits::kWarpRows;
   }
 
+  // What is left to do to scores when they have been made.
+  __device__ __forceinline__ static float score_scale(const Sm90Unit& unit) {
+    return unit.item.is_scale_only ? unit.item.scale : 1.f;
+  }
+
   // Wait for a tile of K or V.
   __device__ __forceinline__ void wait_for_tile(const uint64_t& full,
                                                 const FixedRingPlace<Traits::kStages>& tile) const {
     ptx::mbarrier_wait(address(full), tile.parity());
-    see_copies();
   }
 
   // Issue S = Q K^T.
-  __device__ __forceinline__ void multiply_keys(uint32_t queries, int stage,
+  __device__ __forceinline__ void multiply_keys(int queries, int stage,
                                                 ScoreTile<Traits>& s) const {
     using QBlocks = typename Traits::QueryBlocks;
     using KBlocks = typename Traits::KTile::Blocks;
-    const ptx::WgmmaMatrix q(queries, QBlocks::kNextRows, 0);
+    uint32_t rows = ptx::shared_address(memory_.q[queries][group_]);
+    // Where there is but one place for queries, its descriptors would be kept for all units, in
+    // registers that wide heads do not leave.
+    if constexpr (Traits::kUnits == 1) asm volatile("" : "+r"(rows));
+    const ptx::WgmmaMatrix q(rows, QBlocks::kNextRows, 0);
     const ptx::WgmmaMatrix k(ptx::shared_address(memory_.k[stage]), KBlocks::kNextRows, 0);
     ptx::wgmma_fence();
 #pragma unroll
@@ -118,23 +117,12 @@ class Sm90Computer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ static void pack_weights(const ScoreTile<Traits>& s,
-                                                      WeightTile<Traits>& weights) {
-#pragma unroll
-    for (int t = 0; t < kTokens / 16; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = s[0][2 * t + i / 2] + i % 2 * 2;
-        weights[t][i] = ptx::pack_pair<Q>(pair[0], pair[1]);
-      }
-    }
-  }
-
   // Rows of a tile of V whose weights are 0 must be zeros too: they may hold anything, and nothing
   // else times 0 is sure to be 0. Both groups do so, and neither waits for the other.
   __device__ __forceinline__ void clear_values(int begin, int end, int stage) const {
     constexpr int kChunks = Traits::VTile::kParts * PartRows::kChunks;
-    for (int n = threadIdx.x % kGroupThreads; n < (end - begin) * kChunks; n += kGroupThreads) {
+#pragma unroll 1
+    for (int n = fresh_thread() % kGroupThreads; n < (end - begin) * kChunks; n += kGroupThreads) {
       uint8_t* to =
           memory_.v[stage] + Traits::VTile::Blocks::offset(begin + n / kChunks, n % kChunks);
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
@@ -143,53 +131,71 @@ class Sm90Computer {
     sync_group();
   }
   // Boxes past the end are zeros already, and rows that are copied one by one are those of tokens.
-  __device__ __forceinline__ void clear_past_end(const Sm90Unit& unit, int token, int stage) const {
+  __device__ __forceinline__ void clear_past_end(const Sm90Unit& unit, int token) const {
     const int past_end = unit.tokens.end - token;
     const int box_tokens = params_.v.box_tokens;
     const int box_end = (past_end + box_tokens - 1) & -box_tokens;  // a power of two, or 0
-    if (past_end < box_end) clear_values(past_end, box_end, stage);
+    if (past_end >= box_end) return;
+    wait_for_tile(memory_.v_full[tile_.index()], tile_);
+    clear_values(past_end, box_end, tile_.index());
   }
   // Tiles are taken in turn, K and V of one at the same place: tile_ is the next one.
-  __device__ __forceinline__ int stage_before() const { return (tile_.n - 1) % Traits::kStages; }
+  __device__ __forceinline__ FixedRingPlace<Traits::kStages> tile_before() const {
+    return {tile_.n - 1};
+  }
 
-  // Add the weighted values of the tile before while the weights of this one are computed. The
-  // values of this one have arrived at the end of every step. kIsFree: its scores need but the
-  // scale.
+  // Weights of the tile with the scores s. wait() comes back as soon as the products of the tile
+  // before are done.
+  template <class Wait>
+  __device__ __forceinline__ void make_weights(const ScoreTile<Traits>& s, float scale,
+                                               WeightTile<Traits>& weights, const Wait& wait) {
+    // No sum is larger where move_maxima() would leave all maxima as they are.
+    constexpr float kLargest = Traits::kTokens / 4 * (1 << int(kManyRowsSlack));
+    float sums[2];
+    pack_weights<Traits>(s, scale, rows_.sums, weights, sums, wait);
+    if constexpr (!Traits::Variant::kUsesSoftmax) return;
+    if (__any_sync(kFullWarp, fmaxf(sums[0], sums[1]) > kLargest)) {
+      move_maxima<Traits>(s, scale, rows_, [&](int m, int h, float factor) {
+        scale_output<Traits>(rows_.o, m, h, factor);
+      });
+      pack_weights<Traits>(s, scale, rows_.sums, weights, sums, [] {});
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows_.sums.sum[0][h] += sums[h];
+  }
+
+  // Add the weighted values of the tile before, and compute the weights of this one. kIsFree: its
+  // scores need but the scale.
   template <bool kIsFree>
-  __device__ __forceinline__ void step(const Sm90Unit& unit, uint32_t queries, int token,
-                                       float scale, WeightTile<Traits>& weights) {
+  __device__ __forceinline__ void step(const Sm90Unit& unit, int queries, int token,
+                                       WeightTile<Traits>& weights) {
     const int stage = tile_.index();
+    const FixedRingPlace<Traits::kStages> before = tile_before();
     ScoreTile<Traits> s;
-    float factors[2];
     wait_for_tile(memory_.k_full[stage], tile_);
     wait_for_turn();
     multiply_keys(queries, stage, s);
-    multiply_values(weights, stage_before());
+    wait_for_tile(memory_.v_full[before.index()], before);
+    multiply_values(weights, before.index());
     give_turn();
+    float scale = kIsFree ? unit.item.scale : score_scale(unit);
     ptx::wgmma_wait<1>();
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
     release(memory_.k_empty[stage]);
     if constexpr (!kIsFree) {
       make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
+      scale = score_scale(unit);  // anew: masks leave no register to keep it in
     }
-    const bool moved = move_maxima<Traits>(
-        s, scale, rows_, [&](int /*m*/, int h, float factor) { factors[h] = factor; });
-    add_weights<Traits>(s, scale, rows_);
-    // Without this loop in between, the assembler moves the wait below up before the weights.
-    wait_for_tile(memory_.v_full[stage], tile_);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_finished<Traits::kVo / 2>(&rows_.o[0][0][0]);
-    release(memory_.v_empty[stage_before()]);
-    if (moved) {
-      scale_output<Traits>(rows_.o, 0, 0, factors[0]);
-      scale_output<Traits>(rows_.o, 0, 1, factors[1]);
-    }
-    pack_weights(s, weights);
+    make_weights(s, scale, weights, [&] {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_finished<Traits::kVo / 2>(&rows_.o[0][0][0]);
+      release(memory_.v_empty[before.index()]);
+    });
     ++tile_.n;
   }
 
-  __device__ __forceinline__ void first_step(const Sm90Unit& unit, uint32_t queries, int token,
-                                             float scale, WeightTile<Traits>& weights) {
+  __device__ __forceinline__ void first_step(const Sm90Unit& unit, int queries, int token,
+                                             WeightTile<Traits>& weights) {
     const int stage = tile_.index();
     ScoreTile<Traits> s;
     wait_for_tile(memory_.k_full[stage], tile_);
@@ -198,55 +204,51 @@ class Sm90Computer {
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
     release(memory_.k_empty[stage]);
     make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
+    const float scale = score_scale(unit);
     move_maxima<Traits>(s, scale, rows_, [](int, int, float) {});  // there is no output yet
-    add_weights<Traits>(s, scale, rows_);
-    pack_weights(s, weights);
-    wait_for_tile(memory_.v_full[stage], tile_);
-    clear_past_end(unit, token, stage);
+    pack_weights<Traits>(s, scale, rows_.sums, weights, rows_.sums.sum[0], [] {});
+    clear_past_end(unit, token);
     ++tile_.n;
   }
 
   // Add the weighted values of the unit's first tokens, which were computed last.
   __device__ __forceinline__ void last_step(const Sm90Unit& unit,
                                             const WeightTile<Traits>& weights) {
-    const int stage = stage_before();
+    const FixedRingPlace<Traits::kStages> before = tile_before();
     const int before_begin = unit.tokens.begin - unit.first_token;
-    if (before_begin > 0) clear_values(0, before_begin, stage);
-    multiply_values(weights, stage);
+    wait_for_tile(memory_.v_full[before.index()], before);
+    if (before_begin > 0) clear_values(0, before_begin, before.index());
+    multiply_values(weights, before.index());
     ptx::wgmma_wait<0>();
     ptx::wgmma_finished<Traits::kVo / 2>(&rows_.o[0][0][0]);
-    release(memory_.v_empty[stage]);
+    release(memory_.v_empty[before.index()]);
   }
 
-  __device__ __forceinline__ void attend(const Sm90Unit& unit, uint32_t queries) {
-    const float scale = unit.item.is_scale_only ? unit.item.scale : 1.f;
+  __device__ __forceinline__ void attend(const Sm90Unit& unit, int queries) {
     const KvRange free = unit.free[group_];
     const int first_token = unit.first_token;
     int token = first_token + (unit.num_tiles - 1) * kTokens;
     WeightTile<Traits> weights;
-    first_step(unit, queries, token, scale, weights);
+    first_step(unit, queries, token, weights);
 #pragma unroll 1
     for (token -= kTokens; token >= first_token; token -= kTokens) {
       // A variant makes scores of every tile's logits.
       if (!kHasScores<typename Traits::Variant> && token >= free.begin &&
           token + kTokens <= free.end) {
-        step<true>(unit, queries, token, scale, weights);
+        step<true>(unit, queries, token, weights);
       } else {
-        step<false>(unit, queries, token, scale, weights);
+        step<false>(unit, queries, token, weights);
       }
     }
     last_step(unit, weights);
   }
 
-  __device__ __forceinline__ void end_unit(const Sm90Unit& unit, uint8_t* queries) {
+  __device__ __forceinline__ void end_unit(const Sm90Unit& unit) {
     const WorkPiece& piece = unit.item.piece;
     const int first = first_row(unit);
     rows_.sums.add_lanes();
     if (piece.whole()) {
-      sync_group();  // other warps' products have read the queries, whose place the output takes
-      const int warp = threadIdx.x % kGroupThreads / kWarpSize;
-      uint8_t* buffer = queries + warp * Traits::kWarpRows * Traits::OutRows::kRowBytes;
-      write_output<Traits>(p_, g_, unit.item, first, rows_, buffer);
+      write_output<Traits>(p_, g_, unit.item, first, rows_);
       return;
     }
     const ItemHolders& holders = unit.item.holders;
@@ -254,7 +256,7 @@ class Sm90Computer {
                           rows_);
     if (!unit.is_last) return;
     end_part<Traits>(p_, g_, unit.item, &memory_.is_last_holder,
-                     [] { ptx::named_barrier_sync<kComputeThreads>(kComputeBarrier); });
+                     [] { ptx::named_barrier_sync<Traits::kComputeThreads>(kComputeBarrier); });
   }
 
   const ManyRowsSm90Params& params_;

@@ -11,7 +11,7 @@ namespace fi {
 
 // What is found out about a kernel once per thread and device. num_sms is 0 where its module has no
 // code for the device's own instructions.
-template <auto kKernel, int kSharedBytes>
+template <auto kKernel, int kThreads, int kSharedBytes>
 cudaError_t prepare_sm90_kernel(int& num_sms) {
   static_assert(kSharedBytes <= 227 * 1024, "more than a block may have");
   thread_local int prepared_device = -1;
@@ -24,7 +24,7 @@ cudaError_t prepare_sm90_kernel(int& num_sms) {
     error = cudaFuncGetAttributes(&attributes, kKernel);
     if (error != cudaSuccess) return error;
     int sms = 0;
-    if (attributes.maxThreadsPerBlock >= kSm90Threads) {
+    if (attributes.maxThreadsPerBlock >= kThreads) {
       error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
       if (error != cudaSuccess) return error;
       error =
@@ -45,7 +45,7 @@ struct ManyRowsSm90Kernel {
   static constexpr int kSharedBytes = int(sizeof(Sm90Memory<Traits>));
 
   static cudaError_t prepare(int& num_sms) {
-    return prepare_sm90_kernel<kKernel, kSharedBytes>(num_sms);
+    return prepare_sm90_kernel<kKernel, Traits::kThreads, kSharedBytes>(num_sms);
   }
 
   static ManyRowsSm90Params make_params(const AttentionParams& params, const ManyRowsLaunch& l) {
@@ -63,7 +63,8 @@ struct ManyRowsSm90Kernel {
                          cudaStream_t stream) {
     const ManyRowsSm90Params p = make_params(params, l);
     const int num_blocks = l.num_workers < num_sms ? l.num_workers : num_sms;
-    return launch(kKernel, num_blocks, dim3(kSm90Threads), kSharedBytes, stream, l.enable_pdl, p);
+    return launch(kKernel, num_blocks, dim3(Traits::kThreads), kSharedBytes, stream, l.enable_pdl,
+                  p);
   }
 
  private:

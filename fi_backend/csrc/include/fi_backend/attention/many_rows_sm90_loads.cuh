@@ -31,26 +31,35 @@ class Sm90Loader {
         units_(params, memory),
         memory_(memory) {}
 
-  // Arrivals that fill a tile: of the thread that starts the copy engine, or of all that copy.
+  // Arrivals that fill a tile: of the warp that starts the copy engine, or of all that copy.
   __device__ __forceinline__ static int tile_arrivals(const ManyRowsSm90Params& params) {
-    return params.has_maps() ? 1 : kGroupThreads;
+    return params.has_maps() ? 1 : kWarps;
   }
-  // And those that copy query rows.
+  // And of those that copy query rows.
   __device__ __forceinline__ static int unit_arrivals(const ManyRowsSm90Params& params) {
-    return kWarpSize * (params.has_maps() ? kWarps - kBoxWarps : kWarps);
+    return params.has_maps() ? kWarps - kBoxWarps : kWarps;
   }
 
   // Each warp goes through the units at its own pace.
   __device__ __forceinline__ void run() {
     for (Place place;; ++place.n) {
-      if (is_finding()) find_unit(place);
+      if (is_finding()) {
+        // A search takes all registers that small heads leave: keep the place in shared memory.
+        memory_.found_units = place.n;
+        find_unit(place);
+        asm volatile("" ::: "memory");
+        place.n = memory_.found_units;
+      }
       ptx::mbarrier_wait(address(memory_.unit_found[place.index()]), place.parity());
-      const Sm90Unit& unit = memory_.units[place.index()];
+      Sm90Unit& unit = memory_.units[place.index()];
       if (!params_.has_maps()) {
-        copy_queries(unit, place, warp() * kWarpSize, kWarpSize);
+        copy_queries(unit, place, warp(), kWarps);
+        describe_groups(unit);
         gather_tiles(unit);
       } else if (warp() >= kBoxWarps) {
-        copy_queries(unit, place, (warp() - kBoxWarps) * kGroupRows, kGroupRows);
+        copy_queries(unit, place, warp() - kBoxWarps, kWarps - kBoxWarps);
+        describe_groups(unit);
+        announce<0>();
       } else if (warp() == 0) {
         load_boxes<typename Traits::KTile>(unit, params_.k, memory_.k, memory_.k_full,
                                            memory_.k_empty, address(memory_.unit_wanted));
@@ -68,7 +77,9 @@ class Sm90Loader {
   __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
     return ptx::shared_address(&barrier);
   }
-  __device__ __forceinline__ static int thread() { return fresh_thread() - kComputeThreads; }
+  __device__ __forceinline__ static int thread() {
+    return fresh_thread() - Traits::kComputeThreads;
+  }
   __device__ __forceinline__ static int warp() { return thread() / kWarpSize; }
   __device__ __forceinline__ static int lane() { return fresh_thread() % kWarpSize; }
   __device__ __forceinline__ static bool is_finding() { return warp() == kFindingWarp; }
@@ -84,40 +95,55 @@ class Sm90Loader {
         ptx::mbarrier_wait(address(memory_.unit_wanted), (place.n - 1) % 2);
       }
       ptx::mbarrier_wait(address(memory_.unit_empty[place.index()]), place.empty_parity());
-      units_.next(memory_.units[place.index()]);
+      units_.next();
       ptx::mbarrier_arrive(address(memory_.unit_found[place.index()]));
     }
     __syncwarp();
   }
 
-  // Start copying query rows [first, first + count) of a unit, by this warp; those that do not
-  // exist are not copied. Their threads arrive when
-  // all is there; where tiles are copied likewise, whoever waits for it makes it known to wgmma.
-  __device__ __forceinline__ void copy_queries(const Sm90Unit& unit, const Place& place, int first,
-                                               int count) const {
+  // While the query rows are on their way, with which this is announced.
+  __device__ __forceinline__ void describe_groups(Sm90Unit& unit) const {
+    if (is_finding() && lane() < Traits::kGroups && unit.exists) {
+      units_.describe_group(unit, lane());
+    }
+  }
+
+  // Start copying query rows of a unit, as warp `rank` of `num_warps` that do so.
+  __device__ __forceinline__ void copy_queries(const Sm90Unit& unit, const Place& place, int rank,
+                                               int num_warps) {
     if (unit.exists) {
-      const Q* q = static_cast<const Q*>(p_.q) + unit.item.piece.qo_begin * p_.q_row_stride;
+      const Q* q = static_cast<const Q*>(p_.q);
 #pragma unroll 1
-      for (int i = first; i < first + count; i += kWarpSize) {
+      for (int i = rank * kWarpSize; i < Traits::kUnitRows; i += num_warps * kWarpSize) {
         // Rows past the last one may be any: nobody writes what comes of them.
         const int in_tile = min(unit.first_row + i + lane(), unit.item.piece.num_rows - 1);
         const int qo_idx = tile_token(unit.item, in_tile);
         const int head = unit.item.piece.kv_head * g_.group_size + unit.item.first_head + in_tile -
                          (qo_idx - unit.item.first_token) * g_.group_size;
         copy_rows<typename Traits::QueryBlocks, Traits::kQk, kWarpSize>(
-            q + qo_idx * p_.q_row_stride + head * p_.q_head_stride,
+            q + query_row(p_, unit.item.piece, qo_idx) * p_.q_row_stride + head * p_.q_head_stride,
             memory_.q[place.index()][i / kGroupRows], i % kGroupRows);
       }
     }
-    const uint32_t full = address(memory_.unit_full[place.index()]);
-    if (!params_.has_maps()) {  // tiles are copied next
-      ptx::mbarrier_arrive_after_copies(full);
-      return;
-    }
+    end_copies(memory_.unit_full[place.index()]);
+  }
+
+  // This warp has started the last of its copies to what `full` guards.
+  __device__ __forceinline__ void end_copies(const uint64_t& full) {
     ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
+    announce<1>();
+    copied_ = address(full);
+  }
+  // Wait for the copies that end_copies() ended last, after which kLater others were ended, make
+  // them known to wgmma and arrive. Callers do so before they wait for anybody else.
+  template <int kLater>
+  __device__ __forceinline__ void announce() {
+    if (copied_ == 0) return;
+    ptx::cp_async_wait<kLater>();
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(full);
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(copied_);
+    copied_ = 0;
   }
 
   // The id of the page that holds a token, which is one of the unit.
@@ -185,72 +211,89 @@ class Sm90Loader {
   }
 
   // All warps copy the tiles row by row, each its own rows: lane l looks token l of them up. The
-  // unit's last tokens stand in for those past its end. What is in shared memory arrives there by
-  // itself, and this warp waits but for free places.
+  // unit's last tokens stand in for those past its end. K is a tile ahead of V: it is wanted a step
+  // earlier, and its place is free a step earlier.
   __device__ __forceinline__ void gather_tiles(const Sm90Unit& unit) {
-    if (!unit.exists) return;
-    int n = unit.num_tiles - 1;
-    const auto token_of = [&](int tile) {
-      const int in_tile = tile * Traits::kTokens + warp() * kGatherRows + lane() % kGatherRows;
-      return min(unit.first_token + in_tile, unit.tokens.end - 1);
-    };
-    int next_page = n < 0 ? 0 : find_page(unit, token_of(n));
+    int n = unit.exists ? unit.num_tiles - 1 : -1;
+    int page = n < 0 ? 0 : find_page(unit, gathered_token(unit, n));  // of this lane's token
+    int next_page = n < 1 ? 0 : find_page(unit, gathered_token(unit, n - 1));
+    if (n >= 0) gather_keys(unit, n, page, tile_);
 #pragma unroll 1
     for (; n >= 0; --n) {
-      const int page = next_page;
-      if (n > 0) next_page = find_page(unit, token_of(n - 1));
-      const int in_page = token_in_page(token_of(n));
+      const int this_page = page;
+      page = next_page;
+      if (n > 1) next_page = find_page(unit, gathered_token(unit, n - 2));
+      if (n > 0) gather_keys(unit, n - 1, page, {tile_.n + 1});
       const int stage = tile_.index();
-      const int head = unit.item.piece.kv_head;
-      gather_rows<typename Traits::KTile, Traits::kQk>(
-          p_.k_cache, p_.k_strides, head, page, in_page, memory_.k[stage], memory_.k_full[stage],
-          memory_.k_empty[stage]);
       gather_rows<typename Traits::VTile, Traits::kVo>(
-          p_.v_cache, p_.v_strides, head, page, in_page, memory_.v[stage], memory_.v_full[stage],
-          memory_.v_empty[stage]);
+          unit, n, this_page, p_.v_cache, p_.v_strides, tile_, memory_.v[stage],
+          memory_.v_full[stage], memory_.v_empty[stage]);
       ++tile_.n;
     }
+    announce<0>();
   }
 
-  // Start copying this warp's rows of a tile once its place is empty.
+  __device__ __forceinline__ int gathered_token(const Sm90Unit& unit, int tile) const {
+    const int in_tile = tile * Traits::kTokens + warp() * kGatherRows + lane() % kGatherRows;
+    return min(unit.first_token + in_tile, unit.tokens.end - 1);
+  }
+
+  __device__ __forceinline__ void gather_keys(const Sm90Unit& unit, int n, int page,
+                                              const FixedRingPlace<Traits::kStages>& place) {
+    const int stage = place.index();
+    gather_rows<typename Traits::KTile, Traits::kQk>(unit, n, page, p_.k_cache, p_.k_strides, place,
+                                                     memory_.k[stage], memory_.k_full[stage],
+                                                     memory_.k_empty[stage]);
+  }
+
+  // Start copying this warp's rows of tile n once its place is empty.
   template <class Tile, int kDim>
-  __device__ __forceinline__ void gather_rows(const void* rows, const KvStrides& strides, int head,
-                                              int page, int in_page, uint8_t* to,
-                                              const uint64_t& full, const uint64_t& empty) const {
-    const Q* row = static_cast<const Q*>(rows) + head * strides.head + page * strides.page +
-                   in_page * strides.token;
-    ptx::mbarrier_wait(address(empty), tile_.empty_parity());
+  __device__ __forceinline__ void gather_rows(const Sm90Unit& unit, int n, int page,
+                                              const void* rows, const KvStrides& strides,
+                                              const FixedRingPlace<Traits::kStages>& place,
+                                              uint8_t* to, const uint64_t& full,
+                                              const uint64_t& empty) {
+    if (!__all_sync(kFullWarp, ptx::mbarrier_is_over(address(empty), place.empty_parity()))) {
+      announce<0>();
+      ptx::mbarrier_wait(address(empty), place.empty_parity());
+    }
+    const Q* row = static_cast<const Q*>(rows) + unit.item.piece.kv_head * strides.head +
+                   page * strides.page + token_in_page(gathered_token(unit, n)) * strides.token;
     copy_rows<typename Tile::Blocks, kDim, kGatherRows>(row, to, warp() * kGatherRows);
-    ptx::mbarrier_arrive_after_copies(address(full));
+    end_copies(full);
   }
 
   // Start copying kRows rows to those from first_row on, a multiple of 8; row i lies where lane i
   // says. Lanes know other rows than they copy: through shared memory that takes fewer instructions
-  // than with shuffles.
+  // than with shuffles. Eight lanes copy a row, 64 columns at a time.
   template <class Blocks, int kDim, int kRows>
   __device__ __forceinline__ void copy_rows(const Q* row, uint8_t* to, int first_row) const {
     constexpr int kChunks = kDim / 8;
-    constexpr int kCopies = kRows * kChunks / kWarpSize;
-    constexpr int kInFlight = kDim <= 192 ? 4 : 2;  // copies whose addresses are loaded at once
-    static_assert(kCopies % kInFlight == 0, "none is left");
+    constexpr int kLanes = PartRows::kChunks;
+    constexpr int kRowsAtOnce = kWarpSize / kLanes;
+    constexpr int kInFlight =
+        kDim <= 192 ? 4 : 2;  // rows of a lane whose addresses are loaded at once
+    static_assert(kRows % (kRowsAtOnce * kInFlight) == 0, "none is left");
     uint64_t* rows = memory_.copied_rows[warp()];
     __syncwarp();
     rows[lane()] = reinterpret_cast<uint64_t>(row);
     __syncwarp();
     const uint32_t tile = ptx::shared_address(to) + Blocks::offset(first_row, 0);
+    const int lane_row = lane() / kLanes, lane_chunk = lane() % kLanes;
 #pragma unroll 1
-    for (int first = 0; first < kCopies; first += kInFlight) {
+    for (int first = lane_row; first < kRows; first += kRowsAtOnce * kInFlight) {
       uint64_t from[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        from[i] = rows[((first + i) * kWarpSize + lane()) / kChunks];
-      }
+      for (int i = 0; i < kInFlight; ++i) from[i] = rows[first + i * kRowsAtOnce];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int n = (first + i) * kWarpSize + lane();
-        const int chunk = n % kChunks;
-        ptx::cp_async_16(tile + Blocks::offset(n / kChunks, chunk),
-                         reinterpret_cast<const void*>(from[i] + chunk * kChunkBytes));
+#pragma unroll
+        for (int part = 0; part < kChunks; part += kLanes) {
+          const int chunk = part + lane_chunk;
+          if (part + kLanes > kChunks && chunk >= kChunks) continue;
+          ptx::cp_async_16(tile + Blocks::offset(first + i * kRowsAtOnce, chunk),
+                           reinterpret_cast<const void*>(from[i] + chunk * kChunkBytes));
+        }
       }
     }
   }
@@ -261,6 +304,7 @@ class Sm90Loader {
   const Sm90Units<Traits> units_;
   Memory& memory_;
   FixedRingPlace<Traits::kStages> tile_;
+  uint32_t copied_ = 0;  // the barrier of copies that have not been announced
 };
 
 }  // namespace fi

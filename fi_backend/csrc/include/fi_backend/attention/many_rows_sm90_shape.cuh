@@ -1,8 +1,9 @@
 // Compile-time shapes of the many-row kernel for sm_90a, and its shared memory.
 //
-// Two warpgroups compute, each on 64 query rows, and a third one brings what they need: units of
-// work with their query rows, and tiles of K and V in rings. Barriers in shared memory tell both
-// sides what is full and what is free, so that nobody waits for what he does not need.
+// Two warpgroups compute, or three where heads are small, each on 64 query rows, and another one
+// brings what they need: units of work with their query rows, and tiles of K and V in rings.
+// Barriers in shared memory tell both sides what is full and what is free, so that nobody waits for
+// what he does not need.
 #pragma once
 
 #include <fi_backend/attention/many_rows_shape.h>
@@ -16,11 +17,7 @@ namespace fi {
 
 inline constexpr int kGroupThreads = 128;  // a warpgroup
 inline constexpr int kGroupRows = 64;      // rows of a wgmma
-inline constexpr int kNumGroups = 2;       // that compute
-inline constexpr int kComputeThreads = kNumGroups * kGroupThreads;
-inline constexpr int kSm90Threads = kComputeThreads + kGroupThreads;
-inline constexpr int kUnitRows = kNumGroups * kGroupRows;
-static_assert(kComputeThreads == kManyRowsThreads, "the end of an item takes all that compute");
+inline constexpr int kMaxGroups = 3;       // that compute
 
 // Shared memory is filled in blocks of 8 rows by 64 columns, as wgmma_descriptor() wants them.
 inline constexpr int kPartColumns = 64;
@@ -67,24 +64,27 @@ struct Sm90Traits {
   static constexpr int kTokens = kWidest <= 128 ? 128 : 64;
   static constexpr int kStages = 2;
   static constexpr int kUnits = kWidest <= 192 ? 2 : 1;  // that are known ahead, with query rows
-  // A thread's registers: outputs, scores and weights leave little of the 168 that every thread
-  // gets to begin with.
-  static constexpr int kComputeRegisters = kVo <= 192 ? 224 : 232;
-  static constexpr int kLoadRegisters = kVo <= 192 ? 56 : 40;
-  static_assert(kNumGroups * kComputeRegisters + kLoadRegisters == (kNumGroups + 1) * 168);
+  static constexpr int kGroups = sm90_tile_rows(kQk, kVo) / kGroupRows;  // that compute
+  static constexpr int kUnitRows = kGroups * kGroupRows;
+  static constexpr int kComputeThreads = kGroups * kGroupThreads;
+  static constexpr int kThreads = kComputeThreads + kGroupThreads;
+  // A thread's registers: outputs, scores and weights leave little of what every thread gets to
+  // begin with.
+  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : kVo <= 192 ? 224 : 232;
+  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : kVo <= 192 ? 56 : 40;
+  static_assert(kGroups * kComputeRegisters + kLoadRegisters ==
+                (65536 / kThreads & ~7) * (kGroups + 1));
   static constexpr int kTileRows = many_row_tile(kQk, kVo);
   static constexpr int kWarpRows = 16;
   static constexpr int kRowBlocks = 1;
   static constexpr bool kTilesBeginEarly = true;  // where boxes of the copy engine do
-  static_assert(kTileRows % kUnitRows == 0, "units divide a tile");
+  static_assert(kTileRows >= kUnitRows, "there is room for the parts of a tile");
   static_assert(kQk % 16 == 0 && kVo % 16 == 0, "a wgmma has 16 inputs");
 
   using KTile = Sm90Tile<kQk, kTokens>;
   using VTile = Sm90Tile<kVo, kTokens>;
   using QueryBlocks = BlockLayout<kBlockBytes, kGroupRows * PartRows::kRowBytes>;
   static constexpr int kGroupQueryBytes = KTile::kParts * kGroupRows * PartRows::kRowBytes;
-  using OutRows = SwizzledRows<kVo* int(sizeof(Q))>;
-  static_assert(KTile::kParts >= VTile::kParts, "the output takes the place of the queries");
 };
 
 // Work of a CTA at a time: some rows of an item and the tokens of its piece that they see.
@@ -94,8 +94,8 @@ struct Sm90Unit {
   int32_t first_token;  // of the first of the tiles; what is before tokens.begin is masked
   int32_t num_tiles;
   KvRange tokens;
-  KvRange free[kNumGroups];      // tokens whose scores need but the scale, for each group's rows
-  KvRange unmasked[kNumGroups];  // and those that all of its rows see
+  KvRange free[kMaxGroups];      // tokens whose scores need but the scale, for each group's rows
+  KvRange unmasked[kMaxGroups];  // and those that all of its rows see
   bool is_last;                  // of its item
   bool exists;
 };
@@ -109,7 +109,7 @@ struct Sm90Search {
 
 template <class Traits>
 struct alignas(1024) Sm90Memory {
-  uint8_t q[Traits::kUnits][kNumGroups][Traits::kGroupQueryBytes];  // in the end the output
+  uint8_t q[Traits::kUnits][Traits::kGroups][Traits::kGroupQueryBytes];
   uint8_t k[Traits::kStages][Traits::KTile::kBytes];
   uint8_t v[Traits::kStages][Traits::VTile::kBytes];
   Sm90Unit units[Traits::kUnits];
@@ -117,6 +117,7 @@ struct alignas(1024) Sm90Memory {
   uint64_t copied_rows[kGroupThreads / kWarpSize][kWarpSize];
   alignas(16) int32_t plan_header[kPlanHeaderInts];
   Sm90Search search;
+  uint32_t found_units;  // number of units found before the one at hand
   bool is_last_holder;
   uint64_t unit_wanted;
   uint64_t unit_found[Traits::kUnits];
@@ -145,7 +146,7 @@ struct FixedRingPlace {
 
 // Named barriers; 0 is __syncthreads().
 inline constexpr int kComputeBarrier = 1;
-inline constexpr int kGroupBarrier = 2;  // and the next one: of each group
-inline constexpr int kTurnBarrier = 4;   // and the next one: each group's turn to multiply
+inline constexpr int kGroupBarrier = 2;                          // and the next ones: of each group
+inline constexpr int kTurnBarrier = kGroupBarrier + kMaxGroups;  // each group's turn to multiply
 
 }  // namespace fi

@@ -27,28 +27,48 @@ class Sm90Units {
     search().next_row = 0;
   }
 
-  __device__ __forceinline__ void next(Sm90Unit& unit) const {
+  // Find the unit for the next place, which is free.
+  __device__ __forceinline__ void next() const {
     const WorkGeometry& g = memory_.geometry();
-    if (search().next_row >= search().item.piece.num_rows) {
-      unit.num_tiles = 0;
-      unit.exists = search().walk.next(p_, g, search().item.piece, search().item.holders);
-      if (!unit.exists) return;
-      describe_item<typename Traits::Variant>(p_, g, search().item);
+    ManyRowsItem& item = search().item;
+    if (search().next_row >= item.piece.num_rows) {
       search().next_row = 0;
+      item.exists = search().walk.next(p_, g, item.piece, item.holders);
+      if (item.exists) describe_item<typename Traits::Variant>(p_, g, item);
     }
-    unit.exists = true;
-    unit.item = search().item;
+    Sm90Unit& unit = memory_.units[memory_.found_units % Traits::kUnits];
+    unit.num_tiles = 0;
+    unit.exists = item.exists;
+    if (!item.exists) return;
+    copy_item(item, unit.item);
     unit.first_row = search().next_row;
-    search().next_row += kUnitRows;
+    search().next_row += Traits::kUnitRows;
     unit.is_last = search().next_row >= unit.item.piece.num_rows;
     set_tokens(g, unit);
   }
 
+  // What a group needs to know, beside that which copies wait for.
+  __device__ __forceinline__ void describe_group(Sm90Unit& unit, int group) const {
+    const int row = unit.first_row + group * kGroupRows;
+    const KvRange all = rows_range(p_, memory_.geometry(), unit.item, row, kGroupRows).all;
+    unit.unmasked[group] = all;
+    unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
+  }
+
  private:
+  // Some words at a time: there are no registers for all of them.
+  __device__ __forceinline__ static void copy_item(const ManyRowsItem& from, ManyRowsItem& to) {
+    constexpr int kWords = sizeof(ManyRowsItem) / sizeof(int32_t);
+#pragma unroll 8
+    for (int i = 0; i < kWords; ++i) {
+      reinterpret_cast<int32_t*>(&to)[i] = reinterpret_cast<const int32_t*>(&from)[i];
+    }
+  }
+
   __device__ __forceinline__ Sm90Search& search() const { return memory_.search; }
 
   __device__ __forceinline__ void set_tokens(const WorkGeometry& g, Sm90Unit& unit) const {
-    const KvRange tokens = rows_range(p_, g, unit.item, unit.first_row, kUnitRows).some;
+    const KvRange tokens = rows_range(p_, g, unit.item, unit.first_row, Traits::kUnitRows).some;
     // Boxes begin where a page is a multiple of them.
     const bool begins_with_box = params_.has_maps() && p_.pages.page_size > 1;
     const int early =
@@ -59,13 +79,6 @@ class Sm90Units {
     const int num_tokens = tokens.end - first_token;
     unit.num_tiles =
         tokens.begin < tokens.end ? (num_tokens + Traits::kTokens - 1) / Traits::kTokens : 0;
-#pragma unroll 1
-    for (int group = 0; group < kNumGroups; ++group) {
-      const int row = unit.first_row + group * kGroupRows;
-      const KvRange all = rows_range(p_, g, unit.item, row, kGroupRows).all;
-      unit.unmasked[group] = all;
-      unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
-    }
   }
 
   const ManyRowsSm90Params& params_;

@@ -118,34 +118,56 @@ __device__ __forceinline__ void transform_logits(const AttentionParams& p, const
                          });
 }
 
-// Put -inf where a row does not see a token, or where the piece has none.
+// How many of a lane's scores of a row, of a tile, are of tokens before `end`, counted from the
+// lane's first one: bits so many make a mask of.
+template <class Traits>
+__device__ __forceinline__ int scores_before(int end) {
+  const int clamped = min(max(end, 0), Traits::kTokens);
+  return clamped / 8 * 2 + min(clamped % 8, 2);
+}
+__device__ __forceinline__ uint32_t low_bits(int count) {
+  return static_cast<uint32_t>((uint64_t{1} << count) - 1);
+}
+
+// Put -inf where a row does not see a token, or where the piece has none. Which those are is found
+// out for a row at a time and kept in bits: registers are full of scores and outputs.
 template <class Traits>
 __device__ __forceinline__ void mask_logits(const AttentionParams& p, const WorkGeometry& g,
                                             const ManyRowsItem& item, int first_row,
                                             int first_token, ScoreTile<Traits>& s) {
+  static_assert(Traits::kTokens / 4 <= 32, "a bit for each score");
   const int token = lane_token(first_token);
   const KvRange& tokens = item.piece.tokens;
-  const int end = tokens.end - token;
-  const auto is_outside = [&](int distance) {
-    return distance >= end || (Traits::kTilesBeginEarly && distance < tokens.begin - token);
-  };
-  if (p.custom_mask == nullptr) {
-    for_each_score<Traits>(
-        p, g, item, first_row, s, [&](const LogitRow& row, int distance, float& x) {
-          const int begin = Traits::kTilesBeginEarly ? max(row.begin, tokens.begin) : row.begin;
-          if (distance < begin - token || distance >= min(row.end - token, end)) {
-            x = minus_infinity();
-          }
-        });
-    return;
+  const int lane = fresh_thread() % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = first_row + 16 * m + 8 * h + lane / 4;
+      const LogitRow row = tile_row(p, g, item, min(i, item.piece.num_rows - 1));
+      const int begin = Traits::kTilesBeginEarly ? max(row.begin, tokens.begin) : row.begin;
+      const int end = min(row.end, tokens.end);
+      uint32_t seen = low_bits(scores_before<Traits>(end - token)) &
+                      ~low_bits(scores_before<Traits>(begin - token));
+      if (p.custom_mask != nullptr) {
+        const uint8_t* mask = p.custom_mask + p.mask_indptr[item.piece.request];
+        const int64_t first_bit = int64_t{row.qo_idx} * item.piece.kv_len + token;
+#pragma unroll 1
+        for (uint32_t left = seen; left != 0; left &= left - 1) {
+          const int n = __ffs(left) - 1;
+          const int64_t bit = first_bit + n / 2 * 8 + n % 2;
+          if (!(mask[bit >> 3] >> (bit & 7) & 1)) seen &= ~(1u << n);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!(seen >> (2 * j + e) & 1)) s[m][j][2 * h + e] = minus_infinity();
+        }
+      }
+    }
   }
-  const LogitTransform mask = make_logit_transform(p, item.piece);
-  for_each_score<Traits>(p, g, item, first_row, s,
-                         [&](const LogitRow& row, int distance, float& x) {
-                           if (is_outside(distance) || !mask.sees(row, token + distance)) {
-                             x = minus_infinity();
-                           }
-                         });
 }
 
 // Which of a lane's scores of a row, of a tile, its variant lets the row see: a bit each. What the

@@ -5,6 +5,8 @@
 #include <fi_backend/plan/whole_items.h>
 #include <fi_backend/plan/work_pieces.h>
 
+#include <fi_backend/common/fresh_registers.cuh>
+
 namespace fi {
 
 // The holders of parts of an item; see PlanView::cuts.
@@ -13,13 +15,6 @@ struct ItemHolders {
   int32_t rank;   // of the part at hand
   int32_t count;
 };
-
-// gridDim.x, read anew, so that it takes no register where there is none to spare.
-__device__ __forceinline__ uint32_t fresh_num_blocks() {
-  uint32_t num_blocks;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(num_blocks));
-  return num_blocks;
-}
 
 // Where a request's whole items are in the order in which they are dealt.
 struct RequestItems {
@@ -44,8 +39,11 @@ struct ManyRowsWalk {
 
   __device__ __forceinline__ static PlanView plan_of(const AttentionParams& p,
                                                      const WorkGeometry& g) {
-    // Only the counters are written, and in the end are what they were.
-    return view_plan(const_cast<int32_t*>(p.plan), g.num_reqs, g.num_workers);
+    // Only the counters are written, and in the end are what they were. Where its arrays lie is
+    // computed anew with every call: there are no registers to keep it in.
+    auto* buffer = const_cast<int32_t*>(p.plan);
+    asm volatile("" : "+l"(buffer));
+    return view_plan(buffer, g.num_reqs, g.num_workers);
   }
 
   // `first`: the block's first worker; gridDim.x further on come its others. `dealt`: below that,
@@ -70,14 +68,12 @@ struct ManyRowsWalk {
   // False past the last piece; not to be called again after that. Whole items have no holders.
   __device__ __forceinline__ bool next(const AttentionParams& p, const WorkGeometry& g,
                                        WorkPiece& piece, ItemHolders& holders) {
-    const PlanView plan = plan_of(p, g);
-    if (deals_items) return next_item(p, g, plan, piece);
-    const LinePosition* starts = plan.starts[kManyRows];
-    while (
-        !next_piece(g, kManyRows, p.qo_indptr, p.kv_lens, starts[worker + 1], next_start, piece)) {
+    if (deals_items) return next_item(p, g, piece);
+    while (!next_piece(g, kManyRows, p.qo_indptr, p.kv_lens,
+                       plan_of(p, g).starts[kManyRows][worker + 1], next_start, piece)) {
       worker += fresh_num_blocks();
       if (worker >= g.num_workers) return false;
-      next_start = starts[worker];
+      next_start = plan_of(p, g).starts[kManyRows][worker];
     }
     if (!piece.whole()) holders = find_holders(p, g, piece);
     return true;
@@ -87,17 +83,17 @@ struct ManyRowsWalk {
   // Blocks ask a counter for items until there is none left; the last one to ask leaves it at 0.
   // Those that are dealt before save their blocks the time that the counter takes to answer.
   __device__ __forceinline__ bool next_item(const AttentionParams& p, const WorkGeometry& g,
-                                            const PlanView& plan, WorkPiece& piece) {
+                                            WorkPiece& piece) {
     uint32_t item = worker;
     if (has_item || item >= num_dealt) {
-      int32_t* counter = plan.finished[kManyRows] + g.num_workers;
+      int32_t* counter = plan_of(p, g).finished[kManyRows] + g.num_workers;
       const uint32_t asked = atomicAdd(counter, 1);
       if (asked + 1 == num_items + fresh_num_blocks() - num_dealt) *counter = 0;
       item = num_dealt + asked;
     }
     has_item = true;
     if (item >= num_items) return false;
-    if (item - items.first >= items.num_items) find_request(p, g, plan, item);
+    if (item - items.first >= items.num_items) find_request(p, g, item);
     const LinePosition at = whole_item(items.request, g.num_kv_heads, items.section_heads,
                                        items.num_tiles, item - items.first);
     piece.request = at.request;
@@ -114,8 +110,8 @@ struct ManyRowsWalk {
 
   // Find the request that an item is of; it is not before the one of the last item.
   __device__ __forceinline__ void find_request(const AttentionParams& p, const WorkGeometry& g,
-                                               const PlanView& plan, uint32_t item) {
-    const int64_t* tiles_before = plan.prefix_cost[kManyRows];
+                                               uint32_t item) {
+    const int64_t* tiles_before = plan_of(p, g).prefix_cost[kManyRows];
     const uint32_t num_heads = g.num_kv_heads;
     const int32_t r = last_at_most(tiles_before, items.request, g.num_reqs, item / num_heads);
     const auto before = uint32_t(tiles_before[r]);
@@ -130,10 +126,7 @@ struct ManyRowsWalk {
   __device__ __forceinline__ ItemHolders find_holders(const AttentionParams& p,
                                                       const WorkGeometry& g,
                                                       const WorkPiece& piece) const {
-    // Where the cuts lie is computed anew: there are no registers to keep it in.
-    auto* buffer = const_cast<int32_t*>(p.plan);
-    asm volatile("" : "+l"(buffer));
-    const ItemCut* cuts = view_plan(buffer, g.num_reqs, g.num_workers).cuts[kManyRows];
+    const ItemCut* cuts = plan_of(p, g).cuts[kManyRows];
     const bool begins_item = piece.tokens.begin == piece.item.begin;
     const ItemCut cut = cuts[begins_item ? worker + 1 : worker];
     return {cut.first_holder, begins_item ? 0 : cut.rank, cut.num_holders};

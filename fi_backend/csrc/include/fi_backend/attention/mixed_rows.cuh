@@ -61,11 +61,11 @@ __device__ __forceinline__ void leave_few_rows(const FewRowsParams& p, uint8_t* 
 
 // Grid: at most a CTA per SM. Trace: NoTrace, or what records when a block was at which line.
 template <class Few, class Many, class Trace>
-__global__ void __launch_bounds__(kSm90LaunchBound, 1)
+__global__ void __launch_bounds__(kSm90LaunchBound<Many>, 1)
     mixed_rows_kernel(const __grid_constant__ MixedRowsParams params) {
   ptx::grid_dependency_wait();
 #if FI_HAS_WGMMA
-  static_assert(Few::kThreads <= kSm90Threads, "a block does either line");
+  static_assert(Few::kThreads <= Many::kThreads, "a block does either line");
   extern __shared__ __align__(1024) uint8_t mixed_shared_memory[];
   const int32_t* plan = params.many.attention.plan;
   // What is known here is asked for again later: few rows leave no register to keep it in.

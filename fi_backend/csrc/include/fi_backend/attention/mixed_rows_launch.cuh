@@ -35,7 +35,7 @@ struct MixedRowsKernel {
 
   static cudaError_t exists(bool& result) {
     int num_sms = 0;
-    const cudaError_t error = prepare_sm90_kernel<kKernel, kSharedBytes>(num_sms);
+    const cudaError_t error = prepare_sm90_kernel<kKernel, Many::kThreads, kSharedBytes>(num_sms);
     result = num_sms > 0;
     return error;
   }
@@ -44,7 +44,7 @@ struct MixedRowsKernel {
                          cudaStream_t stream) {
     if (l.num_reqs == 0) return cudaSuccess;
     int num_sms = 0;
-    const cudaError_t error = prepare_sm90_kernel<kKernel, kSharedBytes>(num_sms);
+    const cudaError_t error = prepare_sm90_kernel<kKernel, Many::kThreads, kSharedBytes>(num_sms);
     if (error != cudaSuccess) return error;
     if (num_sms == 0) return cudaErrorNoKernelImageForDevice;
     AttentionParams few = params;
@@ -54,8 +54,8 @@ struct MixedRowsKernel {
     const ManyRowsLaunch many_launch = {l.num_reqs, l.num_workers, l.num_pages, l.enable_pdl};
     const MixedRowsParams p = {ManyRowsSm90Kernel<Many>::make_params(params, many_launch),
                                make_few_rows_params<Few>(few, few_launch, kFewShape.num_stages)};
-    return launch(kKernel, min64(l.num_workers, num_sms), dim3(kSm90Threads), kSharedBytes, stream,
-                  l.enable_pdl, p);
+    return launch(kKernel, min64(l.num_workers, num_sms), dim3(Many::kThreads), kSharedBytes,
+                  stream, l.enable_pdl, p);
   }
 };
 

@@ -15,6 +15,14 @@ namespace fi {
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr int kMaxVariantBytes = 128;
 
+// States of rows over keys that come before those of kv_lens: the rows of groups that share pages
+// (plan/shared_prefix.h).
+struct PriorStates {
+  const float* out;           // [*, num_qo_heads, head_dim_vo], without v_scale and sinks
+  const float* lse;           // [*, num_qo_heads], base 2
+  const int32_t* first_rows;  // [num_reqs], of each request whose first_pages are above 0
+};
+
 struct AttentionParams {
   const void* q;             // [num_rows, num_qo_heads, head_dim_qk]
   const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim_qk]
@@ -25,6 +33,9 @@ struct AttentionParams {
   float* partials;           // workspace, see attention/workspace.h
   const int32_t* qo_indptr;  // [num_reqs + 1], as planned
   const int32_t* kv_lens;    // [num_reqs], as planned
+  const int32_t* q_rows;     // [num_rows] of out, row of q for each; nullptr = the same
+  const int32_t* first_pages;  // [num_reqs], of a page list, where kv_lens begin; nullptr = 0
+  PriorStates prior;           // set if first_pages is
   const float* alibi_slopes;   // [num_qo_heads]; nullptr = none
   const float* sinks;          // [num_qo_heads], natural-log logits; nullptr = none
   const uint8_t* custom_mask;  // little-endian bits [qo_len, kv_len] per request; nullptr = none

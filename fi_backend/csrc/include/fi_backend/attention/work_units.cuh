@@ -14,6 +14,7 @@ struct FewRowsUnit {
   KvRange tokens;     // of the unit
   int32_t first_row;  // of its rows, among the packed rows of the item
   int32_t num_rows;
+  int32_t prior_row;  // of the states that go before its first keys; -1 = none do
   bool is_whole_item;
   bool ends_piece;
   bool exists;            // false past the last unit
@@ -50,13 +51,15 @@ class WorkUnits {
  public:
   __device__ __forceinline__ WorkUnits(const WorkGeometry& g, const WorkerRange& range,
                                        int32_t worker, int unit_rows, const int32_t* qo_indptr,
-                                       const int32_t* kv_lens)
+                                       const int32_t* kv_lens, const int32_t* first_pages)
       : g_(g),
         qo_indptr_(qo_indptr),
         kv_lens_(kv_lens),
+        first_pages_(first_pages),
         at_(range.begin),
         end_(range.end),
-        loaded_{range.span.qo_begin, range.span.qo_begin + range.span.qo_len, range.span.kv_len},
+        loaded_{range.span.qo_begin, range.span.qo_begin + range.span.qo_len, range.span.kv_len,
+                range.span.first_page},
         worker_(worker),
         unit_rows_(unit_rows),
         begin_holder_(range.begin_cut.first_holder),
@@ -87,8 +90,9 @@ class WorkUnits {
     return min(unit_rows_, piece_.num_rows - first_row_);
   }
 
-  // Describe the current unit; partial states lie in `area`.
-  __device__ __forceinline__ void describe(const PartialArea& area, FewRowsUnit& unit) const {
+  // Describe the current unit; partial states lie in `area`. first_rows: see PriorStates.
+  __device__ __forceinline__ void describe(const PartialArea& area, const int32_t* first_rows,
+                                           FewRowsUnit& unit) const {
     unit.piece = piece_;
     unit.tokens = tokens_;
     unit.first_row = first_row_;
@@ -97,6 +101,8 @@ class WorkUnits {
     unit.ends_piece =
         tokens_.end == piece_.tokens.end && first_row_ + unit_rows_ >= piece_.num_rows;
     unit.exists = true;
+    const bool has_prior = piece_.first_page > 0 && tokens_.begin == piece_.item.begin;
+    unit.prior_row = has_prior ? first_rows[piece_.request] : -1;
     if (unit.is_whole_item) return;
     const bool begins_item = piece_.tokens.begin == piece_.item.begin;
     const bool ends_item = piece_.tokens.end == piece_.item.end;
@@ -118,13 +124,14 @@ class WorkUnits {
     int32_t first_row;
     int32_t end_row;
     int32_t kv_len;
+    int32_t first_page;
   };
 
   __device__ __forceinline__ bool next_piece() {
     while (comes_before(at_, end_)) {
       const RequestLens lens =
           make_request_lens(loaded_.first_row, loaded_.end_row, loaded_.kv_len);
-      const RequestSpan span = {loaded_.first_row, lens.qo_len, lens.kv_len, 0};
+      const RequestSpan span = {loaded_.first_row, lens.qo_len, lens.kv_len, loaded_.first_page};
       const int32_t request = at_.request;
       const bool is_in_line = num_q_tiles(g_, kFewRows, span.qo_len) > 0;
       if (is_in_line) {
@@ -135,7 +142,8 @@ class WorkUnits {
       }
       // The next request's lengths arrive while this one's keys are copied.
       if (at_.request != request && at_.request < g_.num_reqs) {
-        loaded_ = {qo_indptr_[at_.request], qo_indptr_[at_.request + 1], kv_lens_[at_.request]};
+        loaded_ = {qo_indptr_[at_.request], qo_indptr_[at_.request + 1], kv_lens_[at_.request],
+                   first_pages_ == nullptr ? 0 : first_pages_[at_.request]};
       }
       if (is_in_line) return true;
     }
@@ -145,6 +153,7 @@ class WorkUnits {
   const WorkGeometry& g_;
   const int32_t* qo_indptr_;
   const int32_t* kv_lens_;
+  const int32_t* first_pages_;
   LinePosition at_;
   LinePosition end_;
   LoadedLens loaded_;  // of at_.request

@@ -17,7 +17,8 @@ FI_HOST_DEVICE QuotRem divide_index(int64_t index, int64_t divisor) {
     const uint32_t quot = uint32_t(index) / uint32_t(divisor);
     return {int64_t(quot), int64_t(uint32_t(index) - quot * uint32_t(divisor))};
   }
-  return {index / divisor, index % divisor};
+  const auto quot = static_cast<int64_t>(uint64_t(index) / uint64_t(divisor));
+  return {quot, index - quot * divisor};
 }
 
 // Divides many indices below 2^31 by one divisor, without a division.

@@ -19,15 +19,17 @@ struct PageTable {
   int32_t page_size;           // tokens per page, any value >= 1
   bool request_rows_is_int64;
 
+  // Of block_table.
+  FI_HOST_DEVICE int64_t row_of(int32_t request) const {
+    if (request_rows == nullptr) return request;
+    return request_rows_is_int64 ? static_cast<const int64_t*>(request_rows)[request]
+                                 : static_cast<const int32_t*>(request_rows)[request];
+  }
+
   FI_HOST_DEVICE const int32_t* pages_of(int32_t request) const {
     if (indices != nullptr) return indices + indptr[request];
     if (block_table == nullptr) return nullptr;
-    int64_t row = request;
-    if (request_rows != nullptr) {
-      row = request_rows_is_int64 ? static_cast<const int64_t*>(request_rows)[request]
-                                  : static_cast<const int32_t*>(request_rows)[request];
-    }
-    return block_table + row * row_stride;
+    return block_table + row_of(request) * row_stride;
   }
 };
 

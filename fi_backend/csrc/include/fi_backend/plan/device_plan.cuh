@@ -58,7 +58,7 @@ __device__ __forceinline__ int64_t max_over_warp(int64_t x) {
 }
 
 // Count the query tiles of the requests before each one. All threads call this.
-__device__ __forceinline__ void count_tiles(const DevicePlanParams& p, PlanMemory& memory,
+__device__ __forceinline__ void count_tiles(const PlannedBatch& p, PlanMemory& memory,
                                             int64_t* tiles_before) {
   const WorkGeometry& g = p.geometry;
   const int lane = threadIdx.x % kWarpSize;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void count_tiles(const DevicePlanParams& p, PlanMemor
 }
 
 template <int kLine>
-__device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory& memory) {
+__device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& memory) {
   const WorkGeometry& g = p.geometry;
   const PlanView plan = view_plan(p.plan, g.num_reqs, g.num_workers);
   int64_t* prefix = plan.prefix_cost[kLine];
@@ -199,7 +199,7 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
     const int32_t r = last_at_most(prefix, sample, min(sample + sample_stride, g.num_reqs), at);
     const int64_t cost_before = sample_stride == 1 ? memory.samples[r] : prefix[r];
     const auto find_span = [&](int32_t request) {
-      return request_span(p.qo_indptr, p.kv_lens, g.num_reqs, request);
+      return request_span(p.qo_indptr, p.kv_lens, g.num_reqs, request, p.first_pages);
     };
     keep(plan_start(g, kLine, r, find_span(r), find_span(r + 1), at - cost_before, w, plan));
   }
@@ -208,7 +208,18 @@ __device__ __forceinline__ void plan_line(const DevicePlanParams& p, PlanMemory&
              plan.cuts[kLine]);
 }
 
-// Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads.
+// The groups of a step are a batch of which there is one line.
+__device__ __forceinline__ void plan_groups(const PlannedBatch& p, PlanMemory& memory) {
+  const PlanView plan = view_plan(p.plan, p.geometry.num_reqs, p.geometry.num_workers);
+  if (threadIdx.x == 0) {
+    *plan.geometry = p.geometry;
+    plan.has_work[kFewRows] = kNoWork;
+    *plan.few_row_blocks = 0;
+  }
+  plan_line<kManyRows>(p, memory);
+}
+
+// Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads, and one more if there are groups.
 __global__ void __launch_bounds__(kPlanMaxThreads, 1)
     device_plan_kernel(const __grid_constant__ DevicePlanParams p) {
   ptx::grid_dependency_wait();
@@ -216,9 +227,11 @@ __global__ void __launch_bounds__(kPlanMaxThreads, 1)
   ptx::grid_dependency_launch();
   __shared__ PlanMemory memory;
   if (blockIdx.x == kFewRows) {
-    plan_line<kFewRows>(p, memory);
+    plan_line<kFewRows>(p.batch, memory);
+  } else if (blockIdx.x == kManyRows) {
+    plan_line<kManyRows>(p.batch, memory);
   } else {
-    plan_line<kManyRows>(p, memory);
+    plan_groups(p.groups, memory);
   }
 }
 

@@ -1,19 +1,27 @@
-// Choose the block of the device planner, and launch it.
+// Launch the kernels of the device planner.
 #pragma once
 
 #include <fi_backend/plan/device_plan_launch.h>
 
 #include <fi_backend/common/launch.cuh>
 #include <fi_backend/plan/device_plan.cuh>
+#include <fi_backend/plan/shared_prefix.cuh>
 
 namespace fi {
 
 inline cudaError_t device_plan(const DevicePlanParams& p, cudaStream_t stream) {
   // A thread per request and per worker, as far as a block goes.
-  const int64_t wanted = max64(p.geometry.num_reqs, int64_t{p.geometry.num_workers} + 1);
+  const int64_t wanted =
+      max64(p.batch.geometry.num_reqs, int64_t{p.batch.geometry.num_workers} + 1);
   const int64_t warps = min64(ceil_div64(wanted, kWarpSize), kPlanMaxThreads / kWarpSize);
   const dim3 block(static_cast<unsigned>(warps * kWarpSize));
-  return launch(device_plan_kernel, kNumLines, block, stream, p.enable_pdl, p);
+  const int num_blocks = p.groups.plan == nullptr ? kNumLines : kNumLines + 1;
+  return launch(device_plan_kernel, num_blocks, block, stream, p.enable_pdl, p);
+}
+
+inline cudaError_t shared_prefix(const SharedPrefixParams& p, cudaStream_t stream) {
+  return launch(shared_prefix_kernel, p.geometry.num_reqs, dim3(kSearchThreads), stream,
+                p.enable_pdl, p);
 }
 
 }  // namespace fi

@@ -5,12 +5,19 @@
 
 namespace fi {
 
-struct DevicePlanParams {
+struct PlannedBatch {
   WorkGeometry geometry;
-  const int32_t* qo_indptr;  // [num_reqs + 1], first query row of each request
-  const int32_t* kv_lens;    // [num_reqs]
-  int32_t* plan;             // [plan_ints(num_reqs, num_workers)], see PlanView; written
-  bool enable_pdl;           // launch as a programmatic dependent of the kernel before
+  const int32_t* qo_indptr;    // [num_reqs + 1], first query row of each request
+  const int32_t* kv_lens;      // [num_reqs]
+  const int32_t* first_pages;  // [num_reqs], in a request's table; nullptr = 0
+  int32_t* plan;               // [plan_ints(num_reqs, num_workers)], see PlanView; written
+};
+
+struct DevicePlanParams {
+  PlannedBatch batch;
+  PlannedBatch groups;  // of requests that share pages, as requests with many
+                        // rows; plan nullptr = none
+  bool enable_pdl;      // launch as a programmatic dependent of the kernel before
 };
 
 }  // namespace fi

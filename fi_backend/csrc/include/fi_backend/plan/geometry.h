@@ -39,12 +39,13 @@ struct RequestLens {
   int32_t kv_len;
 };
 
-// A request's place in q, and its lengths.
+// A request's place in q and in its page table, and its lengths: 16 bytes can be one load.
 struct RequestSpan {
   int32_t qo_begin;
   int32_t qo_len;
   int32_t kv_len;
-  int32_t unused;  // 16 bytes can be one load
+  int32_t first_page;  // kv_len counts from there on: others attend to the pages
+                       // before
 };
 
 struct KvRange {
@@ -69,12 +70,14 @@ FI_HOST_DEVICE RequestLens request_lens(const int32_t* qo_indptr, const int32_t*
   return make_request_lens(qo_indptr[request], qo_indptr[request + 1], kv_lens[request]);
 }
 
-// Of a request, or empty for the one after the last.
+// Of a request, or empty for the one after the last. first_pages: nullptr = 0 for all.
 FI_HOST_DEVICE RequestSpan request_span(const int32_t* qo_indptr, const int32_t* kv_lens,
-                                        int32_t num_reqs, int32_t request) {
+                                        int32_t num_reqs, int32_t request,
+                                        const int32_t* first_pages = nullptr) {
   if (request >= num_reqs) return {};
   const RequestLens lens = request_lens(qo_indptr, kv_lens, request);
-  return {qo_indptr[request], lens.qo_len, lens.kv_len, 0};
+  return {qo_indptr[request], lens.qo_len, lens.kv_len,
+          first_pages == nullptr ? 0 : first_pages[request]};
 }
 
 FI_HOST_DEVICE int line_of(const WorkGeometry& g, int32_t qo_len) {

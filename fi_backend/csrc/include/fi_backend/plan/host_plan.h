@@ -8,9 +8,9 @@
 
 namespace fi {
 
-// Write the plan of a step into `buffer`, of plan_ints() elements.
+// Write the plan of a step into `buffer`, of plan_ints() elements. first_pages: see RequestSpan.
 inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
-                      const int32_t* kv_lens, int32_t* buffer) {
+                      const int32_t* kv_lens, const int32_t* first_pages, int32_t* buffer) {
   const PlanView plan = view_plan(buffer, geometry.num_reqs, geometry.num_workers);
   *plan.geometry = geometry;
   for (int line = 0; line < kNumLines; ++line) {
@@ -53,7 +53,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       }
       const int32_t r = last_at_most(prefix, 0, geometry.num_reqs, cost);
       const auto span = [&](int32_t request) {
-        return request_span(qo_indptr, kv_lens, geometry.num_reqs, request);
+        return request_span(qo_indptr, kv_lens, geometry.num_reqs, request, first_pages);
       };
       plan_start(geometry, line, r, span(r), span(r + 1), cost - prefix[r], w, plan);
     }

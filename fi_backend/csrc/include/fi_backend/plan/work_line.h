@@ -243,13 +243,22 @@ FI_HOST_DEVICE bool has_few_rows(const WorkGeometry& g, int64_t num_rows) {
 // Multiprocessors of a GPU that a plan for so many workers is for.
 FI_HOST_DEVICE int32_t planned_sms(int32_t num_workers) { return (num_workers + 2) / 3; }
 
+// True if a step cannot have more few-row items than multiprocessors. One large thread block an SM
+// then reads as fast as several, and has fewer pieces to merge and more warps to do it. Kernels are
+// chosen by the same rule.
+FI_HOST_DEVICE bool has_few_items(int64_t num_reqs, int64_t num_kv_heads, int32_t num_workers) {
+  return num_reqs * num_kv_heads <= planned_sms(num_workers);
+}
+
 // The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
 // fit where that is worth it. In between, some SMs would have twice the work of others. Equal items
 // are cut into equal pieces, or not at all, if that leaves few without work; or, with one block an
 // SM, if it adds less than the second piece that a worker across the border of an item has.
 FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
   const uint32_t num_sms = planned_sms(g.num_workers);
-  const uint32_t num_blocks = has_few_rows(g, load.num_rows) ? g.blocks_per_sm : 1;
+  const bool is_one_block =
+      !has_few_rows(g, load.num_rows) || has_few_items(g.num_reqs, g.num_kv_heads, g.num_workers);
+  const uint32_t num_blocks = is_one_block ? 1 : g.blocks_per_sm;
   const int64_t num_items = load.num_requests * g.num_kv_heads;
   const int64_t pieces = min64(load.cost / kWorthStarting, num_items * kManyPieces);
   const bool needs_all = max64(pieces, load.cost / kWorthMerging) >= 2 * int64_t{num_sms};
@@ -269,8 +278,8 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
     const bool is_cut = blocks < most_blocks && uint32_t(num_items) * 2 <= resident;
     const int64_t share = divide_index(load.cost, resident).quot;
     const int64_t equal_share = divide_index(load.cost, resident - without_work).quot;
-    const bool is_worth_it =
-        without_work * 16 <= resident || (blocks == 1 && equal_share - share <= g.item_overhead);
+    const bool is_worth_it = without_work * 16 <= resident ||
+                             (blocks == 1 && 2 * (equal_share - share) <= g.item_overhead);
     if (is_worth_it && !is_cut) return static_cast<int32_t>(resident - without_work);
   }
   return static_cast<int32_t>(active);

@@ -12,9 +12,10 @@ struct WorkPiece {
   int32_t qo_begin;  // first row of the request in q
   int32_t qo_len;
   int32_t kv_len;
-  int32_t num_rows;  // packed rows of the item
-  KvRange item;      // kv tokens of the whole item
-  KvRange tokens;    // kv tokens of this piece
+  int32_t first_page;  // of the request's table, where its keys begin
+  int32_t num_rows;    // packed rows of the item
+  KvRange item;        // kv tokens of the whole item
+  KvRange tokens;      // kv tokens of this piece
 
   FI_HOST_DEVICE bool whole() const { return tokens.begin == item.begin && tokens.end == item.end; }
 };
@@ -37,6 +38,7 @@ FI_HOST_DEVICE void take_piece(const WorkGeometry& g, int line, const RequestSpa
   piece.qo_begin = span.qo_begin;
   piece.qo_len = span.qo_len;
   piece.kv_len = span.kv_len;
+  piece.first_page = span.first_page;
   piece.num_rows = num_tile_rows(g, line, span.qo_len, at.q_tile);
   piece.item = item;
   piece.tokens = {item.begin + at.kv_offset, cut ? item.begin + end.kv_offset : item.end};

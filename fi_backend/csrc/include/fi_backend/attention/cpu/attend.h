@@ -98,21 +98,13 @@ class Attend {
   // Add a stored state to the current one.
   void merge_state(const float* partial) {
     for (int row = 0; row < piece_.num_rows; ++row, partial += kPartialSize) {
-      float& top = queries_.max()[row];
-      float& sum = queries_.sum()[row];
-      const float merged = std::max(top, partial[Shape::kVo]);
-      if (merged == -INFINITY) continue;
-      const float mine = std::exp2(top - merged);
-      const float other = std::exp2(partial[Shape::kVo] - merged);
-      float* o = o_row(row);
-      for (int d = 0; d < Shape::kVo; ++d) o[d] = o[d] * mine + partial[d] * other;
-      sum = sum * mine + partial[Shape::kVo + 1] * other;
-      top = merged;
+      merge_row(row, partial, partial[Shape::kVo], partial[Shape::kVo + 1]);
     }
   }
 
   // Normalise the state and write it to out and lse.
-  void write_output() const {
+  void write_output() {
+    if (params_.first_pages != nullptr && params_.first_pages[piece_.request] > 0) merge_prior();
     for (int row = 0; row < piece_.num_rows; ++row) {
       const PackedRow& packed = queries_.packed_row(row);
       const int64_t token = int64_t{piece_.qo_begin} + packed.token;
@@ -138,6 +130,31 @@ class Attend {
   static constexpr int kMaxWidth =
       Shape::kLine == kFewRows ? std::max<int>(kFewRowsLimit, kLanes) : kBlockRows;
   static constexpr int kPartialSize = Shape::kVo + kPartialTail;
+
+  // Add the states over the keys that come before the piece's own.
+  void merge_prior() {
+    const PriorStates& prior = params_.prior;
+    for (int row = 0; row < piece_.num_rows; ++row) {
+      const PackedRow& packed = queries_.packed_row(row);
+      const int64_t at =
+          int64_t{prior.first_rows[piece_.request] + packed.token} * params_.num_qo_heads +
+          packed.head;
+      merge_row(row, prior.out + at * Shape::kVo, prior.lse[at], 1.0f);
+    }
+  }
+  // Add the state of a row to the current one: values relative to 2^max, with their sum of weights.
+  void merge_row(int row, const float* values, float other_max, float other_sum) {
+    float& top = queries_.max()[row];
+    float& sum = queries_.sum()[row];
+    const float merged = std::max(top, other_max);
+    if (merged == -INFINITY) return;
+    const float mine = std::exp2(top - merged);
+    const float other = std::exp2(other_max - merged);
+    float* o = o_row(row);
+    for (int d = 0; d < Shape::kVo; ++d) o[d] = o[d] * mine + values[d] * other;
+    sum = sum * mine + other_sum * other;
+    top = merged;
+  }
 
   float* o_row(int row) const { return o_ + int64_t{row} * Shape::kColumns; }
 

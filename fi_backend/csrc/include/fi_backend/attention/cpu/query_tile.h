@@ -166,8 +166,9 @@ class QueryTile {
   }
 
   const Q* source(int row) const {
-    return static_cast<const Q*>(params_.q) +
-           (int64_t{piece_.qo_begin} + rows_[row].token) * params_.q_row_stride +
+    const int64_t place = int64_t{piece_.qo_begin} + rows_[row].token;
+    const int64_t q_row = params_.q_rows == nullptr ? place : params_.q_rows[place];
+    return static_cast<const Q*>(params_.q) + q_row * params_.q_row_stride +
            rows_[row].head * params_.q_head_stride;
   }
 

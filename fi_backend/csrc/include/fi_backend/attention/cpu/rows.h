@@ -32,7 +32,8 @@ void find_rows(const AttentionParams& params, const KeyRange& keys, const Kv** k
   const PageTable& table = params.pages;
   const int32_t* pages = table.pages_of(keys.request);
   const int32_t page_size = table.page_size;
-  int32_t page = keys.first / page_size;
+  const int32_t first_page = params.first_pages == nullptr ? 0 : params.first_pages[keys.request];
+  int32_t page = first_page + keys.first / page_size;
   int32_t offset = keys.first % page_size;
   for (int i = 0; i < keys.count; ++page, offset = 0) {
     const int64_t id = pages != nullptr ? pages[page] : int64_t{table.indptr[keys.request]} + page;

@@ -1,0 +1,28 @@
+// Indices read anew from their special registers: what follows from them is computed where it is
+// used. Left to itself the compiler keeps dozens of addresses in registers through a loop that has
+// none to spare.
+#pragma once
+
+#include <fi_backend/common/macros.h>
+
+namespace fi {
+
+__device__ __forceinline__ int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ __forceinline__ int fresh_block() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
+__device__ __forceinline__ uint32_t fresh_num_blocks() {
+  uint32_t num_blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(num_blocks));
+  return num_blocks;
+}
+
+}  // namespace fi

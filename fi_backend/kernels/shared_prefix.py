@@ -1,0 +1,169 @@
+"""Find requests whose page tables begin with the same pages, on either target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fi_backend.kernels.device_plan import plan_spec as device_plan_spec
+from fi_backend.kernels.functions import Functions
+from fi_backend.kernels.host_plan import plan_spec as host_plan_spec
+
+__all__ = ["Groups", "find_shared_prefixes", "max_shared_groups"]
+
+
+def _functions(name: str) -> Callable[..., Any]:
+    by_device = Functions(
+        name, lambda device: device_plan_spec() if device == "cuda" else host_plan_spec()
+    )
+    return by_device.__getitem__
+
+
+_find = _functions("find_shared_prefixes")
+_max_shared_groups = _functions("max_shared_groups")
+_scratch_ints = _functions("shared_prefix_scratch_ints")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Requests of a step that share pages: what a search writes. All tensors are int32.
+
+    Attributes:
+        own_lens: [num_reqs], keys that each request attends to by itself.
+        first_pages: [num_reqs], pages of its table before those; 0 for requests of no group.
+        first_rows: [num_reqs], its first row among those of all groups.
+        group_indptr: [max_shared_groups + 1], first row of each group; groups that do not exist
+            have no rows.
+        group_lens: [max_shared_groups], keys that all of a group share.
+        group_tables: [max_shared_groups + 1], where its pages are listed: a row of the block table,
+            or a place in page_indices.
+        q_rows: [max_rows], row of q of each row.
+        scratch: for searches alone.
+    """
+
+    own_lens: torch.Tensor
+    first_pages: torch.Tensor
+    first_rows: torch.Tensor
+    group_indptr: torch.Tensor
+    group_lens: torch.Tensor
+    group_tables: torch.Tensor
+    q_rows: torch.Tensor
+    scratch: torch.Tensor
+
+    @staticmethod
+    def _sizes(num_requests: int, max_rows: int, device_type: str) -> list[int]:
+        groups = max_shared_groups(num_requests, device_type)
+        scratch = _scratch_ints(device_type)(num_requests)
+        return [num_requests] * 3 + [groups + 1, groups, groups + 1, max_rows, scratch]
+
+    @classmethod
+    def num_ints(cls, num_requests: int, max_rows: int, device_type: str) -> int:
+        """Count the elements that empty() allocates: each tensor begins at 16 bytes."""
+        return sum(-(-size // 4) * 4 for size in cls._sizes(num_requests, max_rows, device_type))
+
+    @classmethod
+    def empty(cls, num_requests: int, max_rows: int, device: torch.device) -> Groups:
+        """Allocate the tensors for steps of up to `num_requests`.
+
+        Args:
+            num_requests: most requests of a step.
+            max_rows: room for query rows of groups; those that do not fit are not formed.
+            device: where steps are planned.
+        """
+        sizes = cls._sizes(num_requests, max_rows, device.type)
+        ints = cls.num_ints(num_requests, max_rows, device.type)
+        # The scratch has a counter, which begins at 0.
+        memory = torch.zeros(ints, dtype=torch.int32, device=device)
+        parts = memory.split([-(-size // 4) * 4 for size in sizes])
+        return cls(*(part[:size] for part, size in zip(parts, sizes, strict=True)))
+
+    def of(self, num_requests: int) -> Groups:
+        """Return the parts of the tensors that a step of fewer requests uses."""
+        max_rows, device_type = self.q_rows.shape[0], self.own_lens.device.type
+        sizes = self._sizes(num_requests, max_rows, device_type)
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Groups(*(x[:size] for x, size in zip(tensors, sizes, strict=True)))
+
+
+def max_shared_groups(num_requests: int, device_type: str) -> int:
+    """Count the groups that so many requests make at most."""
+    return int(_max_shared_groups(device_type)(num_requests))
+
+
+def find_shared_prefixes(
+    groups: Groups,
+    *,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    request_rows: torch.Tensor | None = None,
+    page_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    window_left: int,
+    min_tokens: int,
+    worth_keys: int,
+    for_cuda: bool = False,
+) -> None:
+    """Group the few-row requests of a step that begin with the same pages, and write `groups`.
+
+    On a GPU this is one launch on the current stream, whose shape depends on the number of requests
+    alone. Pages are shared that are full and hold keys of no query row of the step; requests of
+    which a window hides a key share none.
+
+    Args:
+        groups: for as many requests; written.
+        qo_indptr: int32 [num_reqs + 1], first query row of each request.
+        kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
+        page_indptr: int32 [num_reqs + 1], with page_indices the CSR page table.
+        page_indices: int32 [page_indptr[-1]].
+        block_table: int32 [*, max_pages], the other form of page table.
+        request_rows: int32 or int64 [num_reqs], each request's row of block_table.
+        page_size: tokens a page holds.
+        num_qo_heads: a multiple of num_kv_heads.
+        num_kv_heads: heads of the cache.
+        head_dim_qk: size of a query or key row.
+        head_dim_vo: size of a value or output row.
+        window_left: keys a query sees to the left of its own; -1 for all.
+        min_tokens: what a group has in common at least.
+        worth_keys: keys, over all heads of the cache, that the groups of a step must save it from
+            reading; else there are none.
+        for_cuda: on the CPU, write what a GPU would.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong dtype, shape or device, or a wrong value that
+            is not a length.
+    """
+    device_type = kv_lens.device.type
+    _find(device_type)(
+        qo_indptr,
+        kv_lens,
+        page_indptr,
+        page_indices,
+        block_table,
+        request_rows,
+        page_size,
+        groups.own_lens,
+        groups.first_pages,
+        groups.first_rows,
+        groups.group_indptr,
+        groups.group_lens,
+        groups.group_tables,
+        groups.q_rows,
+        groups.scratch,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        head_dim_vo,
+        window_left,
+        min_tokens,
+        worth_keys,
+        for_cuda if device_type == "cpu" else False,
+    )

@@ -1,0 +1,224 @@
+"""SharedPrefixes: pages that requests of a step have in common, attended to once.
+
+A plan that looks for them has one. Runs then compute the states of each group's rows over the keys
+that its requests share, as a batch of its own, and put them before each row's own keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fi_backend.batch import PagedBatch
+from fi_backend.kernels import attention as attention_kernels
+from fi_backend.kernels import device_plan, host_plan
+from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes, max_shared_groups
+from fi_backend.spec import AttentionSpec, Geometry
+
+__all__ = ["SharedPrefixes", "are_looked_for", "shared_bytes", "shared_floats"]
+
+# Fewer requests save too little to pay for another launch in every layer.
+FEWEST_REQUESTS = 16
+# What groups have in common at least: templates of prompts have some tokens in common, no more.
+MIN_TOKENS = 256
+# Keys, of all kv heads, that take a GPU 75 us to read. The launch for what is shared takes 45 to 60
+# us however little that is: docs/shared-prefix-notes.md.
+WORTH_KEYS = 5 << 17
+# Most query rows of groups: this bounds the memory for their states.
+_MAX_ROWS = 1024
+_ALIGNMENT = 4  # floats
+_FEW_ROWS = 32  # packed rows of a request that may share
+
+
+def _max_rows(geometry: Geometry, max_requests: int) -> int:
+    group_size = geometry.num_qo_heads // geometry.num_kv_heads
+    return min(_MAX_ROWS, max_requests * max(1, _FEW_ROWS // group_size))
+
+
+def are_looked_for(batch: PagedBatch) -> bool:
+    """Whether a step has a page table, and enough requests for shared pages to pay."""
+    has_table = batch.block_table is not None or batch.page_indices is not None
+    return has_table and batch.num_requests >= FEWEST_REQUESTS
+
+
+def shared_floats(geometry: Geometry, max_requests: int) -> int:
+    """Count the float32 elements of workspace for the states of groups' rows."""
+    rows = _max_rows(geometry, max_requests)
+    # And some to begin at a multiple of 16 bytes.
+    return rows * geometry.num_qo_heads * (geometry.head_dim_vo + 1) + _ALIGNMENT
+
+
+def shared_bytes(
+    geometry: Geometry, max_requests: int, num_workers: int, device: torch.device
+) -> int:
+    """Count the bytes that steps of up to so many requests need, workspace included."""
+    groups = Groups.num_ints(max_requests, _max_rows(geometry, max_requests), device.type)
+    plan = _group_plan_ints(max_requests, num_workers, device)
+    return 4 * (groups + plan + shared_floats(geometry, max_requests))
+
+
+def _group_plan_ints(max_requests: int, num_workers: int, device: torch.device) -> int:
+    planner = host_plan if device.type == "cpu" else device_plan
+    groups = max_shared_groups(max_requests, device.type)
+    return planner.plan_buffer_ints(max_reqs=groups, num_workers=num_workers)
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """What requests of a step share, as its plan found it.
+
+    Attributes:
+        batch: the step.
+        is_active: whether the step is looked at.
+        groups: what the search writes.
+        group_plan: int32, the plan of the batch that groups make.
+        partials: float32 workspace of the attention kernels.
+        prior_out: float32 [max_rows, num_qo_heads, head_dim_vo], states of groups' rows.
+        prior_lse: float32 [max_rows, num_qo_heads].
+        kernels: what computes those.
+        capacity: as `groups`, for the largest step.
+    """
+
+    batch: PagedBatch
+    is_active: bool
+    groups: Groups
+    group_plan: torch.Tensor
+    partials: torch.Tensor
+    prior_out: torch.Tensor
+    prior_lse: torch.Tensor
+    kernels: Any
+    capacity: Groups
+
+    @classmethod
+    def allocate(
+        cls, spec: AttentionSpec, batch: PagedBatch, num_workers: int, workspace: torch.Tensor
+    ) -> SharedPrefixes:
+        """Allocate for steps of up to the batch's requests.
+
+        Args:
+            spec: the layer.
+            batch: the step.
+            num_workers: as planned.
+            workspace: float32 scratch; states of groups' rows take shared_floats() at its end, what
+                is before is left to the attention kernels.
+        """
+        geometry, device, requests = spec.geometry, batch.device, batch.num_requests
+        rows, heads = _max_rows(geometry, requests), geometry.num_qo_heads
+        groups = Groups.empty(requests, rows, device)
+        first = workspace.numel() - shared_floats(geometry, requests) + _ALIGNMENT
+        first -= first % _ALIGNMENT
+        prior = workspace[first:]
+        values = rows * heads * geometry.head_dim_vo
+        return cls(
+            batch=batch,
+            is_active=True,
+            groups=groups,
+            group_plan=torch.empty(
+                _group_plan_ints(requests, num_workers, device), dtype=torch.int32, device=device
+            ),
+            partials=workspace[:first],
+            prior_out=prior[:values].view(rows, heads, geometry.head_dim_vo),
+            prior_lse=prior[values : values + rows * heads].view(rows, heads),
+            kernels=attention_kernels.load_groups(
+                device_type=device.type, **spec.group_kernel_types
+            ),
+            capacity=groups,
+        )
+
+    @property
+    def max_requests(self) -> int:
+        """Most requests of a step that this serves."""
+        return self.capacity.own_lens.shape[0]
+
+    def of(self, batch: PagedBatch) -> SharedPrefixes:
+        """Return what another step of up to max_requests uses of the same memory."""
+        requests = batch.num_requests
+        groups = self.groups
+        if groups.own_lens.shape[0] != requests:
+            groups = self.capacity.of(requests)
+        return replace(self, batch=batch, is_active=are_looked_for(batch), groups=groups)
+
+    def find(self, geometry: Geometry) -> None:
+        """Find the step's groups; see fi_backend.kernels.shared_prefix.find_shared_prefixes."""
+        batch = self.batch
+        find_shared_prefixes(
+            self.groups,
+            qo_indptr=batch.qo_indptr,
+            kv_lens=batch.kv_lens,
+            page_indptr=batch.page_indptr,
+            page_indices=batch.page_indices,
+            block_table=batch.block_table,
+            request_rows=batch.request_rows,
+            page_size=geometry.page_size,
+            num_qo_heads=geometry.num_qo_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim_qk=geometry.head_dim_qk,
+            head_dim_vo=geometry.head_dim_vo,
+            window_left=geometry.window_left,
+            min_tokens=MIN_TOKENS,
+            worth_keys=WORTH_KEYS,
+        )
+
+    def run(
+        self,
+        launch: Callable[..., None] | None,
+        *,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        k_scale: float | torch.Tensor,
+        num_workers: int,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the states of groups' rows; return what the run over own keys needs of them.
+
+        Args:
+            launch: stands in for the kernels' run().
+            spec: the layer.
+            q: as PagedAttention.run() has it, as all below.
+            kv_cache: as there.
+            k_scale: as there.
+            num_workers: as planned.
+        """
+        batch, groups = self.batch, self.groups
+        is_csr = batch.block_table is None
+        (launch or self.kernels.run)(
+            plan_buffer=self.group_plan,
+            partials=self.partials,
+            q=q,
+            k_cache=kv_cache[0],
+            v_cache=kv_cache[1],
+            out=self.prior_out,
+            lse=self.prior_lse,
+            qo_indptr=groups.group_indptr,
+            kv_lens=groups.group_lens,
+            page_indptr=groups.group_tables if is_csr else None,
+            page_indices=batch.page_indices,
+            block_table=batch.block_table,
+            request_rows=None if is_csr else groups.group_tables[:-1],
+            max_qo_len=None,
+            alibi_slopes=None,
+            sinks=None,
+            custom_mask=None,
+            mask_indptr=None,
+            q_rows=groups.q_rows,
+            k_scale=k_scale,
+            v_scale=1.0,
+            sm_scale=spec.sm_scale,
+            logits_soft_cap=spec.logits_soft_cap,
+            window_left=-1,
+            causal=False,
+            rope_scale=1.0,
+            rope_theta=0.0,
+            num_workers=num_workers,
+            members=(),
+        )
+        return dict(
+            kv_lens=groups.own_lens,
+            first_pages=groups.first_pages,
+            first_rows=groups.first_rows,
+            prior_out=self.prior_out,
+            prior_lse=self.prior_lse,
+        )

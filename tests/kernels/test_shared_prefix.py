@@ -1,0 +1,175 @@
+"""The search for shared prefixes on the host: what it finds is shared, and worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes
+from tests.kernels.shared_prefix_step import Branch, SharingStep, sharing_steps
+
+HEADS = dict(num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, head_dim_vo=64)
+FEW_ROWS = 16  # packed rows of a few-row request on the CPU
+
+
+def search(
+    step: SharingStep,
+    *,
+    window_left: int = -1,
+    min_tokens: int = 1,
+    worth_keys: int = 0,
+    max_rows: int = 256,
+) -> Groups:
+    groups = Groups.empty(len(step.nodes), max_rows, torch.device("cpu"))
+    for tensor in (groups.own_lens, groups.first_pages, groups.group_lens, groups.group_tables):
+        tensor.fill_(-7)
+    find_shared_prefixes(
+        groups,
+        **step.lengths(),
+        **step.page_table(),
+        **HEADS,
+        page_size=step.page_size,
+        window_left=window_left,
+        min_tokens=min_tokens,
+        worth_keys=worth_keys,
+    )
+    return groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group as its tensors describe it."""
+
+    q_rows: list[int]
+    pages: list[int]  # that it shares
+
+
+def groups_of(step: SharingStep, groups: Groups) -> Iterator[Group]:
+    table = step.page_table()
+    indptr, rows = groups.group_indptr.tolist(), groups.q_rows.tolist()
+    for group, length in enumerate(groups.group_lens.tolist()):
+        if length == 0:
+            assert indptr[group] == indptr[group + 1]
+            continue
+        assert length % step.page_size == 0
+        place, count = int(groups.group_tables[group]), length // step.page_size
+        if "page_indices" in table:
+            pages = table["page_indices"][place : place + count]
+        else:
+            pages = table["block_table"][place, :count]
+        yield Group(rows[indptr[group] : indptr[group + 1]], pages.tolist())
+
+
+@given(sharing_steps(), st.integers(1, 40), st.sampled_from([-1, 0, 30, 100]))
+@settings(deadline=None, max_examples=300)
+def test_groups_share_full_pages_that_nobody_writes(
+    step: SharingStep, min_tokens: int, window_left: int
+) -> None:
+    found = search(step, min_tokens=min_tokens, window_left=window_left)
+    lengths, (lists, _) = step.lengths(), step.page_lists()
+    by_row = {row: group for group in groups_of(step, found) for row in group.q_rows}
+    assert len(by_row) == found.group_indptr[-1]
+    for r, (qo_len, first_row) in enumerate(
+        zip(step.qo_lens, lengths["qo_indptr"].tolist(), strict=False)
+    ):
+        shared = int(found.first_pages[r])
+        kv_len = int(lengths["kv_lens"][r])
+        assert found.own_lens[r] == kv_len - shared * step.page_size
+        rows = range(first_row, first_row + qo_len)
+        if shared == 0:
+            assert not any(row in by_row for row in rows)
+            continue
+        assert 0 < qo_len * 4 <= FEW_ROWS
+        assert shared * step.page_size <= kv_len - qo_len
+        assert shared * step.page_size >= min_tokens
+        assert window_left < 0 or kv_len - 1 <= window_left
+        for i, row in enumerate(rows):
+            assert by_row[row].pages == lists[r][:shared]
+            assert found.q_rows[int(found.first_rows[r]) + i] == row
+
+
+def flat(nodes: int, pages: int, requests: int, own: int = 40) -> SharingStep:
+    """Return a step of requests in turn at one of some prefixes."""
+    return SharingStep(
+        tree=tuple(Branch(-1, pages) for _ in range(nodes)),
+        nodes=tuple(i % nodes for i in range(requests)),
+        own_lens=(own,) * requests,
+        qo_lens=(1,) * requests,
+        page_size=16,
+        table="block_table",
+    )
+
+
+def test_every_prefix_has_a_group_in_any_order_of_requests() -> None:
+    step = flat(3, 20, 21)
+    found = list(groups_of(step, search(step)))
+    assert [group.q_rows for group in found] == [list(range(i, 21, 3)) for i in range(3)]
+    assert [len(group.pages) for group in found] == [20 + 0 * i for i in range(3)]
+
+
+def test_a_request_that_has_little_in_common_does_not_shorten_what_others_share() -> None:
+    step = flat(1, 20, 12)
+    step = replace(step, tree=(Branch(-1, 4), Branch(0, 16)), nodes=(1,) * 11 + (0,))
+    found = search(step)
+    assert found.first_pages.tolist() == [20] * 11 + [0]
+
+
+def test_branches_of_a_tree_have_groups_of_their_own() -> None:
+    step = flat(1, 30, 12)
+    tree = (Branch(-1, 30), *[Branch(0, 120)] * 3)
+    step = replace(step, tree=tree, nodes=(1, 2, 3) * 4)
+    found = search(step, min_tokens=256)
+    assert found.first_pages.tolist() == [150] * 12
+    assert found.group_lens.tolist() == [150 * 16] * 3 + [0] * 3
+    # Of a pair behind what many share, the others are not left alone.
+    pair = replace(step, tree=(Branch(-1, 100), Branch(0, 200)), nodes=(0,) * 10 + (1,) * 2)
+    assert search(pair, min_tokens=256).first_pages.tolist() == [100] * 12
+
+
+def test_what_saves_too_little_is_not_shared() -> None:
+    step = flat(1, 20, 12)
+    saved = (12 - 1) * 320 * 2  # keys of 2 heads, but for one reading
+    assert search(step, worth_keys=saved).first_pages.tolist() == [20] * 12
+    assert search(step, worth_keys=saved + 1).first_pages.tolist() == [0] * 12
+    assert search(step, min_tokens=321).first_pages.tolist() == [0] * 12
+    # 4 rows of 4 heads each are 16 packed rows: 17 requests take two readings of 64.
+    rows = replace(step, nodes=(0,) * 8, own_lens=(40,) * 8, qo_lens=(4,) * 8)
+    assert search(rows, worth_keys=(8 - 2) * 640).first_pages.tolist() == [20] * 8
+    assert search(rows, worth_keys=(8 - 2) * 640 + 1).first_pages.tolist() == [0] * 8
+
+
+def test_groups_without_room_are_not_formed() -> None:
+    step = flat(3, 20, 21)
+    found = search(step, max_rows=14)
+    assert [group.q_rows for group in groups_of(step, found)] == [
+        list(range(i, 21, 3)) for i in range(2)
+    ]
+    assert found.first_pages.tolist() == [20, 20, 0] * 7
+
+
+def test_requests_beyond_those_that_are_looked_at_keep_to_themselves() -> None:
+    step = flat(1, 20, 1030)
+    found = search(step, max_rows=2000)
+    assert found.first_pages.tolist() == [20] * 1024 + [0] * 6
+
+
+def test_the_same_key_page_behind_other_pages_is_not_a_prefix() -> None:
+    step = flat(1, 20, 6)
+    table = step.page_table()["block_table"]
+    table[3, 2] += 1  # before the key page
+    groups = Groups.empty(6, 64, torch.device("cpu"))
+    find_shared_prefixes(
+        groups,
+        **step.lengths(),
+        block_table=table,
+        **HEADS,
+        page_size=16,
+        window_left=-1,
+        min_tokens=160,
+        worth_keys=0,
+    )
+    assert groups.first_pages.tolist() == [20, 20, 20, 0, 20, 20]
