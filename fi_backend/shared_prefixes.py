@@ -122,9 +122,7 @@ class SharedPrefixes:
             partials=workspace[:first],
             prior_out=prior[:values].view(rows, heads, geometry.head_dim_vo),
             prior_lse=prior[values : values + rows * heads].view(rows, heads),
-            kernels=attention_kernels.load_groups(
-                device_type=device.type, **spec.group_kernel_types
-            ),
+            kernels=attention_kernels.load_groups(device_type=device.type, **spec.kernel_types),
             capacity=groups,
         )
 

@@ -152,12 +152,6 @@ class AttentionSpec:
         }
 
     @property
-    def group_kernel_types(self) -> dict[str, Any]:
-        """As kernel_types, of the kernel for what groups of requests share."""
-        names = ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo")
-        return {name: getattr(self, name) for name in names}
-
-    @property
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_qo_heads // self.num_kv_heads

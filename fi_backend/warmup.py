@@ -77,7 +77,7 @@ def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list
     for layer in layers:
         specs += attention.attention_specs(device_type=device_type, **layer.kernel_types)
         if on_gpu and layer.geometry.may_share and env.SHARED_PREFIX.get():
-            specs.append(attention.group_spec(device_type=device_type, **layer.group_kernel_types))
+            specs.append(attention.group_spec(device_type=device_type, **layer.kernel_types))
         specs.append(
             append_kv.append_cuda_spec(layer.q_dtype, layer.kv_dtype)
             if on_gpu

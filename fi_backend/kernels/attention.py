@@ -61,10 +61,8 @@ def load(
     """
     specs = attention_specs(device_type=device_type, **types)
     if with_groups:
-        names = ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo")
-        of_groups = {name: types[name] for name in names}
-        jit.build([*specs, group_spec(device_type=device_type, **of_groups)])
-        load_groups(device_type=device_type, **of_groups)
+        jit.build([*specs, group_spec(device_type=device_type, **types)])
+        load_groups(device_type=device_type, **types)
     if device_type == "cuda":
         kernels = attention_cuda.load_lines(specs[:2], specs[2:])
         for spec in (specs[0], *specs[2:]):
@@ -80,8 +78,13 @@ def group_spec(
     kv_dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_vo: int,
+    **_: Any,
 ) -> KernelSpec:
-    """Describe the many-row kernel that attends to what groups of requests share."""
+    """Describe the many-row kernel that attends to what groups of requests share.
+
+    Arguments are those of load(). It writes float32 states, whatever o_dtype a layer has, and
+    layers with a variant do not share.
+    """
     spec = attention_cuda.prefill_spec if device_type == "cuda" else prefill_spec
     return spec(
         q_dtype=q_dtype,
