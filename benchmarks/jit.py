@@ -17,9 +17,16 @@ import torch
 
 from benchmarks.report import Row, print_row
 from fi_backend.jit import KernelSpec, build
-from fi_backend.kernels import merge
+from fi_backend.kernels import activation, append_kv, merge, norm, rope, rope_append
 from fi_backend.spec import AttentionSpec
-from fi_backend.warmup import attention_kernels
+from fi_backend.warmup import attention_kernels, specs_for_model
+
+LLAMA_8B = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
 
 
 def cells() -> dict[str, list[KernelSpec]]:
@@ -29,9 +36,21 @@ def cells() -> dict[str, list[KernelSpec]]:
     )
     engine = attention_kernels([layer], "cuda")
     decode = [spec for spec in engine if not spec.name.startswith("prefill")]
+    bf16 = torch.bfloat16
+    small = [
+        norm.rmsnorm_cuda_spec(bf16),
+        norm.layernorm_cuda_spec(bf16),
+        rope.rope_cuda_spec(bf16),
+        rope_append.rope_append_cuda_spec(bf16, bf16),
+        activation.activation_cuda_spec(bf16),
+        append_kv.append_cuda_spec(bf16, bf16),
+    ]
     return {
-        "plan, decode, append, merge": [*decode, merge.merge_cuda_spec(*[torch.bfloat16] * 2)],
+        "plan, decode, append, merge": [*decode, merge.merge_cuda_spec(bf16, bf16)],
         "plan, decode, append, prefill": engine,
+        "norm, rope, activation, append": small,
+        "all of Llama-3.1-8B": specs_for_model(LLAMA_8B, "cuda"),
+        "prefill alone": [spec for spec in engine if spec.name.startswith("prefill")],
     }
 
 

@@ -45,14 +45,15 @@ inline void device_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView
   const cudaStream_t stream = current_stream(device);
 
   DevicePlanParams params = {};
-  params.batch = planned_batch(geometry, plan_buffer, qo_indptr, kv_lens);
-  params.batch.first_pages = checked_first_pages(first_pages, geometry.num_reqs, device);
+  params.batches[0] = planned_batch(geometry, plan_buffer, qo_indptr, kv_lens);
+  params.batches[0].first_pages = checked_first_pages(first_pages, geometry.num_reqs, device);
   if (group_plan.has_value()) {
     const TensorView& plan = group_plan.value();
     const TensorView &indptr = group_indptr.value(), &lens = group_lens.value();
-    params.groups = planned_batch(make_geometry(plan, indptr, lens, num_qo_heads, num_kv_heads,
-                                                limits, false, -1, num_workers, 0, true, device),
-                                  plan, indptr, lens);
+    params.batches[1] =
+        planned_batch(make_geometry(plan, indptr, lens, num_qo_heads, num_kv_heads, limits, false,
+                                    -1, num_workers, 0, true, device),
+                      plan, indptr, lens);
   }
   params.enable_pdl = enable_pdl;
 

@@ -18,36 +18,63 @@ struct CutMemory {
   LinePosition starts[kMaxStarts];
 };
 
-// Number of the bits [begin, end] that are set.
-__device__ __forceinline__ int32_t count_bits(const uint32_t* words, uint32_t begin, uint32_t end) {
-  int32_t count = 0;
-  for (uint32_t word = begin / kWarpSize; word <= end / kWarpSize; ++word) {
-    uint32_t bits = words[word];
-    if (word == begin / kWarpSize) bits &= ~0u << begin % kWarpSize;
-    if (word == end / kWarpSize) bits &= ~0u >> (kWarpSize - 1 - end % kWarpSize);
-    count += __popc(bits);
+// The nearest start in other words that a mask marks, and the fresh starts from there up to this
+// word. There is a marked one, or nobody looks at what is found.
+struct BeyondWord {
+  int32_t at;
+  int32_t count;
+};
+
+// Look before (kStep -1) or behind (1) `word`. All lanes call this with one word.
+template <int kStep>
+__device__ __forceinline__ BeyondWord find_beyond(const uint32_t* marks, const uint32_t* fresh,
+                                                  int32_t word, int32_t num_words) {
+  const int32_t lane = threadIdx.x % kWarpSize;
+  BeyondWord found = {0, 0};
+  FI_NO_UNROLL
+  for (int32_t next = word + kStep; next >= 0 && next < num_words; next += kStep * kWarpSize) {
+    const int32_t at = next + kStep * lane;
+    const bool exists = at >= 0 && at < num_words;
+    const uint32_t mark = exists ? marks[at] : 0;
+    const uint32_t marked = __ballot_sync(kFullWarp, mark != 0);
+    const int32_t nearest = marked != 0 ? __ffs(int(marked)) - 1 : kWarpSize;
+    const int32_t bit = kStep < 0 ? kWarpSize - 1 - __clz(int(mark)) : __ffs(int(mark)) - 1;
+    uint32_t bits = exists && lane <= nearest ? fresh[at] : 0;
+    if (lane == nearest) bits &= kStep < 0 ? ~0u << bit : ~0u >> (kWarpSize - 1 - bit);
+    found.count += __reduce_add_sync(kFullWarp, __popc(bits));
+    if (marked == 0) continue;
+    found.at = __shfl_sync(kFullWarp, at * kWarpSize + bit, nearest);
+    break;
   }
-  return count;
+  return found;
 }
 
-// The last set bit at or before `at`, and the first at or after it. There is one.
-__device__ __forceinline__ int32_t last_bit(const uint32_t* words, uint32_t at) {
-  uint32_t word = at / kWarpSize;
-  uint32_t bits = words[word] & ~0u >> (kWarpSize - 1 - at % kWarpSize);
-  while (bits == 0) bits = words[--word];
-  return word * kWarpSize + kWarpSize - 1 - __clz(int(bits));
-}
-__device__ __forceinline__ int32_t first_bit(const uint32_t* words, uint32_t at) {
-  uint32_t word = at / kWarpSize;
-  uint32_t bits = words[word] & ~0u << at % kWarpSize;
-  while (bits == 0) bits = words[++word];
-  return word * kWarpSize + __ffs(int(bits)) - 1;
+// The cut at a start in an item; `word` is the one of its bit, all lanes have the same.
+__device__ __forceinline__ ItemCut find_cut(const CutMemory& memory, int32_t word,
+                                            int32_t num_words) {
+  const int32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t up_to = ~0u >> (kWarpSize - 1 - lane);
+  const uint32_t from = ~0u << lane;
+  const uint32_t fresh = memory.fresh[word];
+  const uint32_t first = memory.first[word] & up_to;
+  const uint32_t last = memory.last[word] & from;
+  const BeyondWord before = find_beyond<-1>(memory.first, memory.fresh, word, num_words);
+  const BeyondWord behind = find_beyond<1>(memory.last, memory.fresh, word, num_words);
+  const int32_t first_bit = kWarpSize - 1 - __clz(int(first));
+  const int32_t last_bit = __ffs(int(last)) - 1;
+  const int32_t first_cut = first != 0 ? word * kWarpSize + first_bit : before.at;
+  const uint32_t from_first = first != 0 ? ~0u << first_bit : ~0u;
+  const uint32_t up_to_last = last != 0 ? ~0u >> (kWarpSize - 1 - last_bit) : ~0u;
+  const int32_t rank = __popc(fresh & up_to & from_first) + (first != 0 ? 0 : before.count);
+  const int32_t later = __popc(fresh & ~up_to & up_to_last) + (last != 0 ? 0 : behind.count);
+  return {first_cut - 1, rank, 1 + rank + later, 0};
 }
 
 // Write what plan_cuts() writes. All threads call this, after a barrier behind `starts`, which are
 // in shared or in global memory.
 __device__ __forceinline__ void write_cuts(const LinePosition* starts, int32_t num_workers,
                                            CutMemory& memory, ItemCut* cuts) {
+  FI_NO_UNROLL
   for (int32_t base = 0; base <= num_workers; base += blockDim.x) {
     const int32_t w = base + int32_t(threadIdx.x);
     CutFlags flags = {false, false, false};
@@ -62,15 +89,15 @@ __device__ __forceinline__ void write_cuts(const LinePosition* starts, int32_t n
     }
   }
   __syncthreads();
-  for (int32_t w = threadIdx.x; w <= num_workers; w += blockDim.x) {
-    ItemCut cut = {w, 0, 1, 0};
-    if (is_cut(starts[w])) {
-      const int32_t first = last_bit(memory.first, w);
-      const int32_t rank = count_bits(memory.fresh, first, w);
-      const int32_t last = first_bit(memory.last, w);
-      cut = {first - 1, rank, 1 + count_bits(memory.fresh, first, last), 0};
-    }
-    cuts[w] = cut;
+  const int32_t num_words = num_workers / kWarpSize + 1;
+  FI_NO_UNROLL
+  for (int32_t base = 0; base <= num_workers; base += blockDim.x) {
+    const int32_t w = base + int32_t(threadIdx.x);
+    const int32_t word = w / kWarpSize;
+    if (word >= num_words) break;
+    const ItemCut inside = find_cut(memory, word, num_words);
+    if (w > num_workers) break;
+    cuts[w] = is_cut(starts[w]) ? inside : ItemCut{w, 0, 1, 0};
   }
 }
 

@@ -65,6 +65,7 @@ __device__ __forceinline__ void count_tiles(const PlannedBatch& p, PlanMemory& m
   const int warp = threadIdx.x / kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
   int64_t before = 0;
+  FI_NO_UNROLL
   for (int32_t first = 0; first < g.num_reqs; first += blockDim.x) {
     const int32_t r = first + int32_t(threadIdx.x);
     const int32_t qo_len = request_span(p.qo_indptr, p.kv_lens, g.num_reqs, r).qo_len;
@@ -103,19 +104,25 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   ItemsLoad whole = {0, 0, 0};
   const int32_t num_rows = p.qo_indptr[g.num_reqs];
   RequestSpan span = load_span(begin + lane);
+  FI_NO_UNROLL
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const RequestSpan upcoming = load_span(first + kWarpSize + lane);
-    const int64_t cost = request_cost(g, kLine, {span.qo_len, span.kv_len});
+    const RequestLens lens = {span.qo_len, span.kv_len};
+    int64_t cost = 0;
+    if constexpr (kLine == kManyRows) {
+      const HeadCost head = make_head_cost(g, lens);
+      cost = head.all() * g.num_kv_heads;
+      whole.num_items += head.num_tiles;
+      whole.longest = max64(whole.longest, head.longest());
+    } else {
+      cost = request_cost(g, kLine, lens);
+      chunks += num_fixed_chunks(g, lens);
+    }
     through = of_warp + scan_over_warp(cost, lane);
     of_warp = __shfl_sync(kFullWarp, through, kWarpSize - 1);
     largest = max(largest, clamp_cost(cost));
     items += num_q_tiles(g, kLine, span.qo_len) > 0;
-    other += other_line_cost(g, kLine, {span.qo_len, span.kv_len});
-    if (kLine == kFewRows) chunks += num_fixed_chunks(g, {span.qo_len, span.kv_len});
-    if constexpr (kLine == kManyRows) {
-      whole.num_items += num_q_tiles(g, kLine, span.qo_len);
-      whole.longest = max64(whole.longest, longest_item(g, {span.qo_len, span.kv_len}));
-    }
+    other += other_line_cost(g, kLine, lens);
     // The last round's stay in registers.
     if (first + kWarpSize < end) prefix[first + lane + 1] = through;
     span = upcoming;
@@ -148,7 +155,8 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   if (g.shares_sms) other = sum_over_warp(lane < num_warps ? memory.warp_other[lane] : 0);
   if (g.split > 0) chunks = sum_over_warp(lane < num_warps ? memory.warp_chunks[lane] : 0);
   const LineLoad load = {items, total, chunks, largest, num_rows, other};
-  const int32_t active = active_workers(g, kLine, load);
+  const int32_t sharing = num_sharing_blocks(g, kLine, load);
+  const int32_t active = active_workers(g, kLine, load, sharing);
   int32_t has_work = total > 0 ? kCutLine : kNoWork;
   if constexpr (kLine == kManyRows) {
     whole.cost = total;
@@ -159,13 +167,19 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   }
 
   // Add what other warps have before.
-  const int32_t sample_stride = g.num_reqs / PlanMemory::kMaxSamples + 1;
+  const int32_t sample_stride =
+      g.num_reqs <= PlanMemory::kMaxSamples ? 1 : g.num_reqs / PlanMemory::kMaxSamples + 1;
+  FI_NO_UNROLL
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const int32_t next = first + lane + 1;
     if (next > end) break;
     const int64_t cost = before + (first + kWarpSize < end ? prefix[next] : through);
     prefix[next] = cost;
-    if (next % sample_stride == 0) memory.samples[next / sample_stride] = cost;
+    if (sample_stride == 1) {
+      memory.samples[next] = cost;
+    } else if (next % sample_stride == 0) {
+      memory.samples[next / sample_stride] = cost;
+    }
   }
   if (threadIdx.x == 0) {
     prefix[0] = 0;
@@ -173,7 +187,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
     plan.has_work[kLine] = has_work;
     if constexpr (kLine == kFewRows) {
       *plan.geometry = g;
-      *plan.few_row_blocks = few_row_blocks(g, load);
+      *plan.few_row_blocks = few_row_blocks(g, load, sharing);
     }
   }
   __syncthreads();
@@ -184,7 +198,9 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
 
   // Find where workers begin.
   const bool keeps_starts = g.num_workers < CutMemory::kMaxStarts;
-  const int32_t num_samples = (g.num_reqs + sample_stride - 1) / sample_stride;
+  const int32_t num_samples =
+      sample_stride == 1 ? g.num_reqs : (g.num_reqs + sample_stride - 1) / sample_stride;
+  FI_NO_UNROLL
   for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
     plan.finished[kLine][w] = 0;
     const int64_t at = w < active ? worker_cost(total, active, w) : total;
@@ -208,15 +224,12 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
              plan.cuts[kLine]);
 }
 
-// The groups of a step are a batch of which there is one line.
-__device__ __forceinline__ void plan_groups(const PlannedBatch& p, PlanMemory& memory) {
+// What the few-row line of a batch leaves to others if there is none.
+__device__ __forceinline__ void skip_few_rows(const PlannedBatch& p) {
   const PlanView plan = view_plan(p.plan, p.geometry.num_reqs, p.geometry.num_workers);
-  if (threadIdx.x == 0) {
-    *plan.geometry = p.geometry;
-    plan.has_work[kFewRows] = kNoWork;
-    *plan.few_row_blocks = 0;
-  }
-  plan_line<kManyRows>(p, memory);
+  *plan.geometry = p.geometry;
+  plan.has_work[kFewRows] = kNoWork;
+  *plan.few_row_blocks = 0;
 }
 
 // Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads, and one more if there are groups.
@@ -227,12 +240,13 @@ __global__ void __launch_bounds__(kPlanMaxThreads, 1)
   ptx::grid_dependency_launch();
   __shared__ PlanMemory memory;
   if (blockIdx.x == kFewRows) {
-    plan_line<kFewRows>(p.batch, memory);
-  } else if (blockIdx.x == kManyRows) {
-    plan_line<kManyRows>(p.batch, memory);
-  } else {
-    plan_groups(p.groups, memory);
+    plan_line<kFewRows>(p.batches[0], memory);
+    return;
   }
+  const bool is_of_groups = blockIdx.x > kManyRows;
+  if (is_of_groups && threadIdx.x == 0) skip_few_rows(p.batches[1]);
+  // One body for both: a second one would make every plan slower.
+  plan_line<kManyRows>(p.batches[is_of_groups], memory);
 }
 
 }  // namespace fi

@@ -11,11 +11,11 @@ namespace fi {
 
 inline cudaError_t device_plan(const DevicePlanParams& p, cudaStream_t stream) {
   // A thread per request and per worker, as far as a block goes.
-  const int64_t wanted =
-      max64(p.batch.geometry.num_reqs, int64_t{p.batch.geometry.num_workers} + 1);
+  const WorkGeometry& g = p.batches[0].geometry;
+  const int64_t wanted = max64(g.num_reqs, int64_t{g.num_workers} + 1);
   const int64_t warps = min64(ceil_div64(wanted, kWarpSize), kPlanMaxThreads / kWarpSize);
   const dim3 block(static_cast<unsigned>(warps * kWarpSize));
-  const int num_blocks = p.groups.plan == nullptr ? kNumLines : kNumLines + 1;
+  const int num_blocks = p.batches[1].plan == nullptr ? kNumLines : kNumLines + 1;
   return launch(device_plan_kernel, num_blocks, block, stream, p.enable_pdl, p);
 }
 

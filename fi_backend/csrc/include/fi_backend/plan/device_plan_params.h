@@ -14,10 +14,10 @@ struct PlannedBatch {
 };
 
 struct DevicePlanParams {
-  PlannedBatch batch;
-  PlannedBatch groups;  // of requests that share pages, as requests with many
-                        // rows; plan nullptr = none
-  bool enable_pdl;      // launch as a programmatic dependent of the kernel before
+  // The step's; and groups of its requests that share pages, as requests with many rows, which is a
+  // batch of one line. plan nullptr = no groups.
+  PlannedBatch batches[2];
+  bool enable_pdl;  // launch as a programmatic dependent of the kernel before
 };
 
 }  // namespace fi

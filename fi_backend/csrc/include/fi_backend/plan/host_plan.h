@@ -29,13 +29,14 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       if (line == kManyRows) {
         items.num_items +=
             int64_t{num_q_tiles(geometry, line, lens.qo_len)} * geometry.num_kv_heads;
-        items.longest = max64(items.longest, longest_item(geometry, lens));
+        items.longest = max64(items.longest, make_head_cost(geometry, lens).longest());
       }
     }
     int64_t total = items.cost = load.cost = prefix[geometry.num_reqs];
-    const int32_t active = active_workers(geometry, line, load);
+    const int32_t sharing = num_sharing_blocks(geometry, line, load);
+    const int32_t active = active_workers(geometry, line, load, sharing);
     plan.has_work[line] = total > 0 ? kCutLine : kNoWork;
-    if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load);
+    if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load, sharing);
     if (line == kManyRows && deals_whole_items(geometry, items, active)) {
       plan.has_work[line] = kWholeItems;
       total = 0;  // to be cut

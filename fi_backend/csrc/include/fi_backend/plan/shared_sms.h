@@ -35,19 +35,18 @@ FI_HOST_DEVICE int32_t num_sharing_blocks(const WorkGeometry& g, int line, const
                           : num_sharing_blocks(g, load.other_cost, load.cost, load.num_rows);
 }
 
-// The first so many workers of a line get work.
-FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, const LineLoad& load) {
+// The first so many workers of a line get work. sharing: num_sharing_blocks() of the step.
+FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, const LineLoad& load,
+                                      int32_t sharing) {
   if (g.blocks_per_sm == 0) return g.num_workers;
-  const int32_t sharing = num_sharing_blocks(g, line, load);
   if (line == kFewRows) return sharing > 0 ? sharing : active_few_row_workers(g, load);
   return planned_sms(g.num_workers) - sharing;  // one block of the many-row kernel fits an SM
 }
 
 // Thread blocks that begin with the few-row line, if one kernel runs both lines: all where the
 // lines do not share the SMs.
-FI_HOST_DEVICE int32_t few_row_blocks(const WorkGeometry& g, const LineLoad& few) {
+FI_HOST_DEVICE int32_t few_row_blocks(const WorkGeometry& g, const LineLoad& few, int32_t sharing) {
   if (few.cost == 0) return 0;
-  const int32_t sharing = num_sharing_blocks(g, kFewRows, few);
   return sharing > 0 ? sharing : g.num_workers;
 }
 

@@ -22,15 +22,6 @@ struct ItemsLoad {
   int64_t longest;  // cost of an item
 };
 
-// Cost of the most expensive item of a request of the many-row line. Masks let the keys of a tile
-// grow or shrink from tile to tile, never both.
-FI_HOST_DEVICE int64_t longest_item(const WorkGeometry& g, const RequestLens& lens) {
-  const HeadCost head = make_head_cost(g, kManyRows, lens.qo_len, lens.kv_len);
-  if (head.num_full == 0) return head.last;
-  const int64_t last_full = head.before(head.num_full) - head.before(head.num_full - 1);
-  return max64(max64(head.before(1), last_full), head.last);
-}
-
 // True if all items are dealt whole: they cannot be cut, or that takes little longer than equal
 // parts for so many workers would.
 FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& load,

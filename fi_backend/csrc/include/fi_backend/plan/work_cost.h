@@ -71,37 +71,41 @@ struct HeadCost {
   }
   FI_HOST_DEVICE int64_t all() const { return before(num_tiles); }
 
+  // Cost of the most expensive tile. Masks let the keys of a tile grow or shrink from tile to tile,
+  // never both.
+  FI_HOST_DEVICE int64_t longest() const {
+    if (num_full == 0) return last;
+    const int64_t last_full = before(num_full) - before(num_full - 1);
+    return max64(max64(before(1), last_full), last);
+  }
+
   // Cost of the keys of the first n full tiles, times full_unit_keys.
   FI_HOST_DEVICE int64_t full_cost(int32_t n) const {
     return (key_end.sum(n) - key_begin.sum(n)) * full_unit_cost;
   }
 };
 
-FI_HOST_DEVICE HeadCost make_head_cost(const WorkGeometry& g, int line, int32_t qo_len,
-                                       int32_t kv_len) {
+// Of a request in the many-row line; nothing costs nothing of another.
+FI_HOST_DEVICE HeadCost make_head_cost(const WorkGeometry& g, const RequestLens& lens) {
   HeadCost cost = {};
   cost.item_overhead = g.item_overhead;
   cost.full_unit_keys = 1;
-  if (qo_len <= 0 || line_of(g, qo_len) != line) return cost;
-  cost.num_tiles = 1;
-  if (line == kManyRows) {
-    const int64_t rows = int64_t{qo_len} * g.group_size;
-    const int64_t diagonal = (int64_t{kv_len} - qo_len) * g.group_size;  // of the first row
-    const QuotRem tiles = divide_index(rows, g.tile_rows);
-    cost.num_full = static_cast<int32_t>(tiles.quot);
-    cost.num_tiles = cost.num_full + (tiles.rem > 0);
-    cost.full_unit_cost = unit_cost(g.tile_rows);
-    cost.full_unit_keys = kCostTokens * g.group_size;
-    // Causal kernels skip half of the triangle at a tile's end: the middle row counts.
-    cost.key_end = g.causal ? make_tile_edge(diagonal + g.tile_rows / 2, g.tile_rows)
-                            : TileEdge{int64_t{kv_len} * g.group_size, 0, 0};
-    if (g.window_left >= 0) {
-      cost.key_begin =
-          make_tile_edge(diagonal - int64_t{g.window_left} * g.group_size, g.tile_rows);
-    }
+  if (lens.qo_len <= 0 || line_of(g, lens.qo_len) != kManyRows) return cost;
+  const int64_t rows = int64_t{lens.qo_len} * g.group_size;
+  const int64_t diagonal = (int64_t{lens.kv_len} - lens.qo_len) * g.group_size;  // of the first row
+  const QuotRem tiles = divide_index(rows, g.tile_rows);
+  cost.num_full = static_cast<int32_t>(tiles.quot);
+  cost.num_tiles = cost.num_full + (tiles.rem > 0);
+  cost.full_unit_cost = unit_cost(g.tile_rows);
+  cost.full_unit_keys = kCostTokens * g.group_size;
+  // Causal kernels skip half of the triangle at a tile's end: the middle row counts.
+  cost.key_end = g.causal ? make_tile_edge(diagonal + g.tile_rows / 2, g.tile_rows)
+                          : TileEdge{int64_t{lens.kv_len} * g.group_size, 0, 0};
+  if (g.window_left >= 0) {
+    cost.key_begin = make_tile_edge(diagonal - int64_t{g.window_left} * g.group_size, g.tile_rows);
   }
   if (cost.num_full < cost.num_tiles) {
-    cost.last = item_cost(g, line, qo_len, kv_len, cost.num_full);
+    cost.last = item_cost(g, kManyRows, lens.qo_len, lens.kv_len, cost.num_full);
   }
   return cost;
 }
@@ -111,7 +115,7 @@ FI_HOST_DEVICE int64_t request_cost(const WorkGeometry& g, int line, const Reque
     const bool is_in_line = num_q_tiles(g, line, lens.qo_len) > 0;
     return is_in_line ? item_cost(g, line, lens.qo_len, lens.kv_len, 0) * g.num_kv_heads : 0;
   }
-  return make_head_cost(g, line, lens.qo_len, lens.kv_len).all() * g.num_kv_heads;
+  return make_head_cost(g, lens).all() * g.num_kv_heads;
 }
 
 }  // namespace fi

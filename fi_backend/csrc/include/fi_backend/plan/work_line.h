@@ -102,6 +102,7 @@ FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num
 
 // The last of the ascending values [begin, end) that is at most x, or begin if there is none.
 FI_HOST_DEVICE int32_t last_at_most(const int64_t* values, int32_t begin, int32_t end, int64_t x) {
+  FI_NO_UNROLL
   while (end - begin > 1) {
     const int32_t middle = begin + (end - begin) / 2;
     if (values[middle] <= x) {
@@ -146,10 +147,11 @@ FI_HOST_DEVICE LinePosition locate_few_rows(const WorkGeometry& g, int32_t reque
 FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t request,
                                    const RequestLens& lens, int64_t cost) {
   if (line == kFewRows) return locate_few_rows(g, request, lens, cost);
-  const HeadCost head = make_head_cost(g, line, lens.qo_len, lens.kv_len);
+  const HeadCost head = make_head_cost(g, lens);
   const QuotRem in_head = divide_index(cost, max64(1, head.all()));
   LinePosition at{request, static_cast<int32_t>(in_head.quot), 0, 0};
   int32_t end_tile = head.num_tiles;
+  FI_NO_UNROLL
   while (end_tile - at.q_tile > 1) {
     const int32_t middle = at.q_tile + (end_tile - at.q_tile) / 2;
     if (head.is_before_at_most(middle, in_head.rem)) {
@@ -225,6 +227,7 @@ FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks
                                           int64_t num_chunks) {
   uint32_t best = most_blocks;
   int64_t least = 0;
+  FI_NO_UNROLL
   for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
     const int64_t of_sm = ceil_div64(num_chunks, int64_t{blocks} * num_sms) * blocks;
     if (blocks < most_blocks && of_sm * 8 > least * 7) continue;
@@ -267,20 +270,26 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
   int64_t active = min64(g.num_workers, most_blocks * num_sms);
   // A worker for each piece at most: no thread block of an SM idles while another has two pieces.
   const int64_t cost_of_piece = g.cut_tokens / kCostTokens * unit_cost(1);
-  active = min64(active, max64(1, divide_index(load.cost, cost_of_piece).quot));
+  if (load.cost < active * cost_of_piece) {
+    active = max64(1, divide_index(load.cost, cost_of_piece).quot);
+  }
 
   const bool items_are_equal = load.largest * load.num_requests <= load.cost + load.cost / 32;
   if (!items_are_equal || num_items == 0 || num_items > active) return static_cast<int32_t>(active);
+  FI_NO_UNROLL
   for (uint32_t blocks = (uint32_t(active) + num_sms - 1) / num_sms; blocks > 0; --blocks) {
     const auto resident = static_cast<uint32_t>(min64(active, blocks * num_sms));
     if (num_items > resident) break;
     const uint32_t without_work = resident % uint32_t(num_items);
     const bool is_cut = blocks < most_blocks && uint32_t(num_items) * 2 <= resident;
-    const int64_t share = divide_index(load.cost, resident).quot;
-    const int64_t equal_share = divide_index(load.cost, resident - without_work).quot;
-    const bool is_worth_it = without_work * 16 <= resident ||
-                             (blocks == 1 && 2 * (equal_share - share) <= g.item_overhead);
-    if (is_worth_it && !is_cut) return static_cast<int32_t>(resident - without_work);
+    if (is_cut) continue;
+    const auto added_share = [&] {
+      const int64_t share = divide_index(load.cost, resident).quot;
+      return divide_index(load.cost, resident - without_work).quot - share;
+    };
+    if (without_work * 16 <= resident || (blocks == 1 && 2 * added_share() <= g.item_overhead)) {
+      return static_cast<int32_t>(resident - without_work);
+    }
   }
   return static_cast<int32_t>(active);
 }
@@ -288,7 +297,8 @@ FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineL
 // Cost at which worker w of a line begins, without overflow.
 FI_HOST_DEVICE int64_t worker_cost(int64_t total, int32_t num_workers, int32_t worker) {
   const QuotRem share = divide_index(total, num_workers);
-  return share.quot * worker + divide_index(share.rem * worker, num_workers).quot;
+  const uint32_t rest = uint32_t(share.rem) * uint32_t(worker);  // below kMaxWorkers^2
+  return share.quot * worker + rest / uint32_t(num_workers);
 }
 
 }  // namespace fi
