@@ -2,7 +2,8 @@
 
 It needs nvcc but no GPU: where there is none, FI_BACKEND_CUDA_ARCH_LIST says what to compile for. A
 row's `us` is the time of the build, `modules` how many it made. Commands run on all cores, or on as
-many as MAX_JOBS says.
+many as MAX_JOBS says. On a machine that has just started, the first row is for the most part what
+it takes to read the compilers from disk.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def cells() -> dict[str, list[KernelSpec]]:
         append_kv.append_cuda_spec(bf16, bf16),
     ]
     return {
+        "merge, the first to use the compilers": [merge.merge_cuda_spec(bf16, bf16)],
         "plan, decode, append, merge": [*decode, merge.merge_cuda_spec(bf16, bf16)],
         "plan, decode, append, prefill": engine,
         "norm, rope, activation, append": small,

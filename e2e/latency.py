@@ -1,23 +1,25 @@
 """Latency of served requests under Poisson arrivals, with our backend and with the engine's own.
 
     python -m e2e.latency --loads 0.5 0.9
+    python -m e2e.latency --engine sglang --page-size 64
 
 The servers of all backends run all the time and are loaded in turn, with the same requests at the
 same times. The peak is what the best stock backend serves if all requests come at once; a load is a
 part of that. A row has the median and the 99th percentile of the time to the first token (TTFT) and
 of the time for each later one (TPOT). JSON goes to
-benchmarks/results/<machine>/e2e_vllm_latency.json.
+benchmarks/results/<machine>/e2e_<engine>_latency.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ import torch
 from benchmarks.report import commit, machine_name, results_path
 from e2e.conftest import FI_TINY
 from e2e.served import SAMPLER, without_compiling
-from e2e.server import Server, Timing, replay
+from e2e.server import Server, Timing, replay, vllm_server
 from e2e.throughput import OURS, backends
-from e2e.workloads import Request, Workload, find
+from e2e.workloads import Model, Request, Workload, find
 
 __all__ = ["main", "poisson_arrivals", "row"]
 
@@ -61,28 +63,40 @@ def row(timings: Sequence[Timing]) -> dict[str, float]:
     }
 
 
-def start(workload: Workload, directory: Path, wanted: Sequence[str]) -> dict[str, Server]:
-    """Start the server of each backend, all at once, and wait for them."""
-    model = workload.model
-    folder = model.folder(directory)
-    if folder != FI_TINY:
-        for file in FI_TINY.glob("tokenizer*.json"):  # a server does without only in part
-            shutil.copy(file, folder)
+def start_vllm(
+    model: Model, folder: Path, wanted: Sequence[str], gpu_bytes: int
+) -> dict[str, Server]:
+    """Start vLLM's servers, a log of each beside the model's folder."""
     contenders = backends(wanted)
-    on_gpu = torch.cuda.is_available()
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     arguments = without_compiling(model.arguments(len(contenders), gpu_bytes))
-    servers = {
-        name: Server(
+    return {
+        name: vllm_server(
             folder,
             model.dtype,
             backend.name,
             arguments,
-            directory / f"{name}.log",
+            folder.parent / f"{name}.log",
             {**SAMPLER, **dict(backend.environment)},
         )
         for name, backend in contenders.items()
     }
+
+
+def start(
+    workload: Workload,
+    directory: Path,
+    starter: Callable[[Model, Path, Sequence[str], int], dict[str, Server]],
+    wanted: Sequence[str],
+) -> dict[str, Server]:
+    """Start the server of each backend, all at once, and wait for them."""
+    model = workload.model
+    folder = directory / "model"
+    shutil.copytree(model.folder(directory), folder)
+    for file in FI_TINY.glob("tokenizer*.json"):  # a server does without only in part
+        shutil.copy(file, folder)
+    on_gpu = torch.cuda.is_available()
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+    servers = starter(model, folder, wanted, gpu_bytes)
     try:
         for server in servers.values():
             server.wait()
@@ -112,8 +126,10 @@ def measure(
     """Find the peak with the first round, then load each server with the others."""
     peaks = {}
     for name, server in servers.items():
-        replay(server.url, rounds[0][:8], [0.0] * 8)  # what is compiled or loaded on first use
-        timings = replay(server.url, rounds[0], [0.0] * len(rounds[0]))
+        replay(
+            server.url, server.api, rounds[0][:8], [0.0] * 8
+        )  # what is compiled or loaded on first use
+        timings = replay(server.url, server.api, rounds[0], [0.0] * len(rounds[0]))
         peaks[name] = len(timings) / max(timing.done for timing in timings)
         print(f"  {name}: {peaks[name]:.2f} requests/s at once", flush=True)
     peak = max((rate for name, rate in peaks.items() if name != OURS), default=peaks[OURS])
@@ -122,7 +138,7 @@ def measure(
         requests = rounds[number]
         arrivals = poisson_arrivals(len(requests), load * peak, seed=number)
         for name, server in servers.items():
-            found = row(replay(server.url, requests, arrivals))
+            found = row(replay(server.url, server.api, requests, arrivals))
             rows.append({"cell": f"{load:.0%} of peak", "backend": name, **found})
             shown = ", ".join(f"{key[:-3]} {value / 1000:.1f}" for key, value in found.items())
             print(f"  {load:.0%} of peak, {name}: {shown} ms", flush=True)
@@ -133,6 +149,8 @@ def main() -> None:
     """Parse the command line, measure, record the rows."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m e2e.latency", description=__doc__)
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
+    parser.add_argument("--page-size", type=int, default=1, help="of SGLang's cache, in tokens")
     parser.add_argument("--workload", default=_WORKLOADS[device], help="see e2e/workloads.py")
     parser.add_argument("--backends", default="", help="only these peers, with commas between")
     parser.add_argument("--loads", nargs="+", type=float, default=[0.5, 0.9], help="of the peak")
@@ -140,24 +158,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     arguments = parser.parse_args()
     workload = find(arguments.workload)
-    print(f"vLLM on {machine_name()}: {workload.name}", flush=True)
+    print(f"{arguments.engine} on {machine_name()}: {workload.name}", flush=True)
+    starter, routine = start_vllm, f"e2e_{arguments.engine}_latency"
+    if arguments.engine == "sglang":
+        from e2e.sglang_server import start_sglang
+
+        starter = functools.partial(start_sglang, arguments.page_size)
     wanted = [name for name in arguments.backends.split(",") if name]
     rounds = rounds_of(workload, 1 + len(arguments.loads), arguments.most_tokens)
     with tempfile.TemporaryDirectory() as directory:
-        servers = start(workload, Path(directory), wanted)
+        servers = start(workload, Path(directory), starter, wanted)
         try:
             rows = measure(servers, rounds, arguments.loads)
         finally:
             close(servers)
     conditions = {
-        "routine": "e2e_vllm_latency",
+        "routine": routine,
         "workload": workload.name,
         "gpu": machine_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit(),
     }
-    path = arguments.output or results_path("e2e_vllm_latency")
+    path = arguments.output or results_path(routine)
     path.write_text(json.dumps([{**found, **conditions} for found in rows], indent=1) + "\n")
     print("wrote", path)
 

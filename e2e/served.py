@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from e2e import workloads
 from e2e.harness import ENVIRONMENT
 from e2e.workloads import Workload
 
-__all__ = ["SAMPLER", "Answer", "Engine", "serve", "without_compiling"]
+__all__ = ["SAMPLER", "Answer", "Child", "Engine", "serve", "without_compiling"]
 
 Answer = dict[str, Any]
-SAMPLER = {"VLLM_USE_FLASHINFERSAMPLER": "0"}  # it would be compiled for a minute
+SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it would be compiled for a minute
 # What an engine that does not compile captures: steps of decodes, from the model as it is.
 _WITHOUT_COMPILING = {
     "mode": 0,
@@ -37,47 +37,34 @@ def without_compiling(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "compilation_config": _WITHOUT_COMPILING}
 
 
-class Engine:
-    """The parent's side.
+class Child:
+    """A process that answers requests, a line each; the parent's side.
 
     Args:
-        folder: the model's.
-        dtype: of weights and activations.
-        backend: as a user asks for it; None asks for nothing.
-        arguments: more arguments of vllm.LLM.
-        log: file for what the engine prints.
-        environment: more variables of the process.
-        compiles: use torch.compile; where steps are eager, nothing is compiled anyway.
+        program: module that it runs, and its arguments.
+        engine: what it is told first: the engine to make.
+        log: file for what it prints.
+        variables: its environment.
     """
 
     def __init__(
         self,
-        folder: Path,
-        dtype: str,
-        backend: str | None,
-        arguments: dict[str, Any],
+        program: Sequence[str],
+        engine: dict[str, Any],
         log: Path,
-        environment: dict[str, str],
-        *,
-        compiles: bool,
+        variables: Mapping[str, str],
     ) -> None:
-        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
-        variables = {**os.environ, **ENVIRONMENT, **SAMPLER, "PYTHONPATH": path, **environment}
-        if compiles:
-            del variables["TORCHDYNAMO_DISABLE"]
-        else:
-            arguments = without_compiling(arguments)
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), variables.get("PYTHONPATH", ""))))
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "e2e.throughput", "--serve"],
-            env=variables,
+            [sys.executable, "-m", *program],
+            env={**variables, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
         )
-        task = {"model": str(folder), "dtype": dtype, "attention_backend": backend, **arguments}
-        self._send(task)
+        self._send(engine)
 
     def wait(self) -> None:
         """Wait until the engine is ready.
@@ -122,6 +109,39 @@ class Engine:
                 return answer
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"the engine process ended with {self._process.wait()}:\n{tail}")
+
+
+class Engine(Child):
+    """vLLM.
+
+    Args:
+        folder: the model's.
+        dtype: of weights and activations.
+        backend: as a user asks for it; None asks for nothing.
+        arguments: more arguments of vllm.LLM.
+        log: file for what the engine prints.
+        environment: more variables of the process.
+        compiles: use torch.compile; where steps are eager, nothing is compiled anyway.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        backend: str | None,
+        arguments: dict[str, Any],
+        log: Path,
+        environment: dict[str, str],
+        *,
+        compiles: bool,
+    ) -> None:
+        variables = {**os.environ, **ENVIRONMENT, **SAMPLER, **environment}
+        if compiles:
+            del variables["TORCHDYNAMO_DISABLE"]
+        else:
+            arguments = without_compiling(arguments)
+        task = {"model": str(folder), "dtype": dtype, "attention_backend": backend, **arguments}
+        super().__init__(["e2e.throughput", "--serve"], task, log, variables)
 
 
 def serve(requests: Iterable[str]) -> None:

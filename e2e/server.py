@@ -1,4 +1,4 @@
-"""`vllm serve` as a process of its own, and a client that notes when each token comes."""
+"""An engine's server as a process of its own, and a client that notes when each token comes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,37 @@ from benchmarks.report import REPOSITORY
 from e2e.harness import ENVIRONMENT
 from e2e.workloads import Request
 
-__all__ = ["Server", "Timing", "replay"]
+__all__ = ["VLLM", "Api", "Server", "Timing", "flags", "replay", "vllm_server"]
 
 _NAME = "model"
 _READY_SECONDS = 300.0
 _VARIABLES = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # as a server is by itself
+
+
+@dataclass(frozen=True)
+class Api:
+    """How a server is asked for tokens, which it streams, an event for each.
+
+    Attributes:
+        path: of the URL.
+        body: makes the request of a prompt and the number of tokens.
+    """
+
+    path: str
+    body: Callable[[list[int], int], dict[str, Any]]
+
+
+VLLM = Api(
+    "/v1/completions",
+    lambda prompt, tokens: {
+        "model": _NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -46,36 +72,25 @@ class Server:
     """An API server.
 
     Args:
-        folder: the model's; with a tokenizer.
-        dtype: of weights and activations.
-        backend: as a user asks for it; None asks for nothing.
-        arguments: of vllm.LLM, which become flags.
+        program: module that it runs, and its flags.
+        api: how it is asked for tokens.
         log: file for what the server prints.
-        environment: more variables of the process.
+        variables: its environment.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: str,
-        backend: str | None,
-        arguments: Mapping[str, Any],
-        log: Path,
-        environment: Mapping[str, str],
+        self, program: Sequence[str], api: Api, log: Path, variables: Mapping[str, str]
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.api = api
         self._log = log
-        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
-        asked = {} if backend is None else {"attention_backend": backend}
-        options = {"model": str(folder), "dtype": dtype, **asked, **arguments}
-        named = {"served_model_name": _NAME, "host": "127.0.0.1", "port": port}
-        # Not the `vllm` command: a CPU build's asks for the version of another distribution.
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), variables.get("PYTHONPATH", ""))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(options | named)],
-            env={**os.environ, **_VARIABLES, "PYTHONPATH": path, **environment},
+            [sys.executable, "-m", *program, "--host", "127.0.0.1", "--port", str(port)],
+            env={**variables, "PYTHONPATH": path},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -108,6 +123,31 @@ class Server:
         self._process.wait()
 
 
+def vllm_server(
+    folder: Path,
+    dtype: str,
+    backend: str | None,
+    arguments: Mapping[str, Any],
+    log: Path,
+    environment: Mapping[str, str],
+) -> Server:
+    """Start `vllm serve`.
+
+    Args:
+        folder: the model's; with a tokenizer.
+        dtype: of weights and activations.
+        backend: as a user asks for it; None asks for nothing.
+        arguments: of vllm.LLM, which become flags.
+        log: file for what the server prints.
+        environment: more variables of the process.
+    """
+    asked = {} if backend is None else {"attention_backend": backend}
+    options = {"model": str(folder), "dtype": dtype, **asked, **arguments}
+    # Not the `vllm` command: a CPU build's asks for the version of another distribution.
+    program = ["vllm.entrypoints.openai.api_server", *flags(options | {"served_model_name": _NAME})]
+    return Server(program, VLLM, log, {**os.environ, **_VARIABLES, **environment})
+
+
 def flags(arguments: Mapping[str, Any]) -> list[str]:
     """Return arguments of vllm.LLM as they are written on a command line."""
     found = []
@@ -121,21 +161,18 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 async def _stream(
-    session: aiohttp.ClientSession, url: str, request: Request, arrival: float, begin: float
+    session: aiohttp.ClientSession,
+    url: str,
+    api: Api,
+    request: Request,
+    arrival: float,
+    begin: float,
 ) -> Timing:
     prompt, tokens = request
     await asyncio.sleep(begin + arrival - time.perf_counter())
     sent = time.perf_counter()
-    body = {
-        "model": _NAME,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-    }
     first = last = 0.0
-    async with session.post(url + "/v1/completions", json=body) as answer:
+    async with session.post(url + api.path, json=api.body(prompt, tokens)) as answer:
         answer.raise_for_status()
         async for line in answer.content:
             if line.startswith(b"data: {"):
@@ -146,7 +183,9 @@ async def _stream(
     return Timing(first - sent, (last - first) / max(tokens - 1, 1), last - begin)
 
 
-def replay(url: str, requests: Sequence[Request], arrivals: Sequence[float]) -> list[Timing]:
+def replay(
+    url: str, api: Api, requests: Sequence[Request], arrivals: Sequence[float]
+) -> list[Timing]:
     """Send each request at its arrival, in seconds from now; return their timings."""
 
     async def run() -> list[Timing]:
@@ -156,7 +195,7 @@ def replay(url: str, requests: Sequence[Request], arrivals: Sequence[float]) -> 
             begin = time.perf_counter()
             both = zip(requests, arrivals, strict=True)
             return await asyncio.gather(
-                *(_stream(session, url, request, arrival, begin) for request, arrival in both)
+                *(_stream(session, url, api, request, arrival, begin) for request, arrival in both)
             )
 
     return asyncio.run(run())

@@ -1,6 +1,6 @@
 """An engine under hours of traffic in minutes: random arrivals, aborts, preemptions, prefix hits.
 
-    python -m e2e.soak --minutes 8
+    python -m e2e.soak --minutes 8              # SGLang's: python -m e2e.sglang_soak
 
 The cache holds a part of what the requests want, so that the engine preempts. Every few seconds the
 same prompt is asked again, alone among the others: its text must stay what it was (in bf16, where
@@ -27,7 +27,7 @@ from e2e.conftest import FI_TINY, fi_tiny_prompts
 from e2e.engine import EXTENSION, StepLog, release
 from e2e.harness import ENVIRONMENT
 
-__all__ = ["Soak", "main"]
+__all__ = ["MAX_GROWN_BYTES", "PROBE", "PROBE_TOKENS", "Soak", "main"]
 
 _PAGE = 32
 _ENGINE: dict[str, Any] = {
@@ -40,10 +40,10 @@ _ENGINE: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "generation_config": "vllm",
 }
-_PROBE, _PROBE_TOKENS = "probe", 32
+PROBE, PROBE_TOKENS = "probe", 32
 _MAX_WAITING = 48
 # An engine grows for some minutes by itself: by 130 MB in 2300 steps, with the stock backend too.
-_MAX_GROWN_BYTES = 256 << 20
+MAX_GROWN_BYTES = 256 << 20
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Soak:
         begin = time.monotonic()
         next_probe = begin
         while time.monotonic() - begin < seconds:
-            if time.monotonic() >= next_probe and _PROBE not in self._alive:
-                self._add(_PROBE, self._prompts[0], _PROBE_TOKENS)
+            if time.monotonic() >= next_probe and PROBE not in self._alive:
+                self._add(PROBE, self._prompts[0], PROBE_TOKENS)
                 next_probe = time.monotonic() + probe_every
             self._arrive()
             self._leave()
@@ -100,12 +100,15 @@ class Soak:
 
     def _leave(self) -> None:
         """A client hangs up now and then."""
-        victims = [name for name in self._alive if name != _PROBE]
+        victims = [name for name in self._alive if name != PROBE]
         if victims and self._random.random() < 0.02:
             name = self._random.choice(victims)
-            self.engine.llm_engine.abort_request([name])
+            self._abort(name)
             self._alive.remove(name)
             self.aborted += 1
+
+    def _abort(self, name: str) -> None:
+        self.engine.llm_engine.abort_request([name])
 
     def _add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         from vllm import SamplingParams
@@ -122,7 +125,7 @@ class Soak:
                 continue
             self._alive.remove(output.request_id)
             self.cached_tokens += output.num_cached_tokens or 0
-            if output.request_id == _PROBE:
+            if output.request_id == PROBE:
                 self.probes.append(list(output.outputs[0].token_ids))
             else:
                 self.finished += 1
@@ -166,7 +169,7 @@ def soak(minutes: float, backend: str | None, *, probe_every: float = 5.0) -> di
     traffic.run(60 * minutes * 3 / 4, probe_every)
     after = memory_bytes()
     counters = engine.collective_rpc("fi_backend_counters")[0]
-    shown = 8 if on_gpu else _PROBE_TOKENS
+    shown = 8 if on_gpu else PROBE_TOKENS
     result = {
         "minutes": minutes,
         "finished": traffic.finished,
@@ -194,7 +197,7 @@ def main() -> None:
     result = soak(arguments.minutes, arguments.backend)
     print(json.dumps(result, indent=1))
     wrong = result["pages_lost"] != 0 or result["texts_of_probe"] != 1
-    sys.exit(int(wrong or max(result["grown_bytes"].values()) > _MAX_GROWN_BYTES))
+    sys.exit(int(wrong or max(result["grown_bytes"].values()) > MAX_GROWN_BYTES))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("aiohttp", reason="the client's package comes with vllm")
 
 from e2e.latency import poisson_arrivals, rounds_of, row
-from e2e.server import Timing, flags, replay
+from e2e.server import VLLM, Timing, flags, replay
 from e2e.workloads import find
 
 FIRST, EACH, TOKENS = 0.08, 0.02, 6
@@ -47,7 +47,7 @@ def url() -> Iterator[str]:
 
 
 def test_tokens_are_timed_from_their_requests_arrival(url: str) -> None:
-    timings = replay(url, [([1, 2], TOKENS)] * 3, [0.0, 0.1, 0.3])
+    timings = replay(url, VLLM, [([1, 2], TOKENS)] * 3, [0.0, 0.1, 0.3])
     for timing in timings:
         assert FIRST <= timing.first < FIRST + 0.5
         assert 0.5 * EACH < timing.each < EACH + 0.1

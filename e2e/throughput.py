@@ -23,11 +23,12 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ import torch
 
 from benchmarks.report import commit, machine_name, results_path
 from e2e import workloads
-from e2e.served import Answer, Engine, serve
+from e2e.served import Answer, Child, Engine, serve
 from e2e.step_trace import render
 from e2e.workloads import Model, Workload
 
@@ -89,6 +90,15 @@ def start(
         )
         for name, backend in contenders.items()
     }
+    return started(starting, began)
+
+
+def started(starting: Mapping[str, Child], began: float) -> dict[str, Any]:
+    """Wait for engines that start since `began`; leave out peers that do not.
+
+    Raises:
+        RuntimeError: ours does not.
+    """
     engines = {}
     for name, engine in starting.items():
         try:
@@ -106,17 +116,22 @@ def start(
 
 
 def best_answers(
-    engines: dict[str, Engine], workload: Workload, rounds: range
+    engines: dict[str, Engine], workload: Workload, rounds: int, most_seconds: float
 ) -> dict[str, Answer]:
-    """Run the rounds in all engines in turn; return each one's first answer, in its best time."""
+    """Run the rounds in all engines in turn; return each one's first answer, in its best time.
+
+    No round begins once ours has worked for `most_seconds`.
+    """
     answers: dict[str, list[Answer]] = {name: [] for name in engines}
-    for number in rounds:
+    for number in range(rounds):
         for name, engine in engines.items():
             answers[name].append(engine.run(workload, number))
         seconds = (
             f"{name} {of_engine[-1]['seconds']:.2f} s" for name, of_engine in answers.items()
         )
         print(f"  {workload.label}: {', '.join(seconds)}", flush=True)
+        if sum(answer["seconds"] for answer in answers[OURS]) > most_seconds:
+            break
     for name, of_engine in answers.items():
         if bool(of_engine[-1]["counters"]["attention_runs"]) != (name == OURS):
             raise RuntimeError(f"{name}: another backend has served: {of_engine[-1]['counters']}")
@@ -171,8 +186,11 @@ def trace(engines: dict[str, Engine], workload: Workload, number: int, path: Pat
 
 def measure(
     chosen: Iterable[Workload], contenders: dict[str, Backend], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Run workloads of one model; return their rows."""
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Run workloads of one model; yield the name and rows of each as it is done.
+
+    With several starts a workload comes up again, with rows of all starts so far.
+    """
     chosen = list(chosen)
     results: dict[str, list[dict[str, Answer]]] = {workload.name: [] for workload in chosen}
     for _ in range(arguments.starts):
@@ -183,21 +201,43 @@ def measure(
                 for engine in engines.values():
                     engine.warm_up(chosen[0])
                 for workload in chosen:
-                    answers = best_answers(engines, workload, range(arguments.rounds))
+                    answers = best_answers(
+                        engines, workload, arguments.rounds, arguments.most_seconds
+                    )
                     results[workload.name].append(answers)
+                    yield workload.name, report(workload, results[workload.name])
                     if arguments.trace:
                         trace(engines, workload, arguments.rounds, arguments.trace)
             finally:
                 for engine in engines.values():
                     engine.close()
-    return [row for workload in chosen for row in report(workload, results[workload.name])]
+
+
+def record(rows: Iterable[dict[str, Any]], path: Path, **conditions: Any) -> None:
+    """Write rows, with the conditions they were measured under."""
+    conditions |= {
+        "gpu": machine_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+    }
+    path.write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
 
 
 def main() -> None:
     """Parse the command line, run the workloads, record the rows."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m e2e.throughput", description=__doc__)
-    parser.add_argument("--engine", choices=("vllm",), default="vllm")
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
+    chosen_engine, rest = chooser.parse_known_args()
+    if chosen_engine.engine == "sglang":
+        from e2e import sglang_throughput
+
+        sglang_throughput.main(rest)
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m e2e.throughput", description=__doc__, parents=[chooser]
+    )
     parser.add_argument(
         "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
     )
@@ -207,6 +247,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--rounds", type=int, default=2 if on_gpu else 5, help="batches for each engine and start"
+    )
+    parser.add_argument(
+        "--most-seconds", type=float, default=math.inf, help="no further round after that many"
     )
     parser.add_argument("--quick", action="store_true", help="no torch.compile: starts sooner")
     parser.add_argument("--trace", type=Path, help="print what steps consist of; more in this file")
@@ -225,20 +268,15 @@ def main() -> None:
     }
     chosen = named.values()
     print(f"vLLM on {machine_name()}; ratio: ours over the best peer", flush=True)
-    rows = []
+    path = arguments.output or results_path("e2e_vllm")
+    rows: dict[str, list[dict[str, Any]]] = {}
     for _, of_model in itertools.groupby(chosen, key=lambda workload: id(workload.model)):
-        rows += measure(of_model, contenders, arguments)
-    if not arguments.no_write:
-        conditions = {
-            "routine": "e2e_vllm",
-            "gpu": machine_name(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "commit": commit(),
-        }
-        path = arguments.output or results_path("e2e_vllm")
-        path.write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
-        print("wrote", path)
+        for name, found in measure(of_model, contenders, arguments):
+            rows[name] = found
+            if not arguments.no_write:  # after each workload: what is cut short keeps the others
+                compiled = on_gpu and not arguments.quick
+                every_row = itertools.chain.from_iterable(rows.values())
+                record(every_row, path, routine="e2e_vllm", torch_compile=compiled)
 
 
 if __name__ == "__main__":

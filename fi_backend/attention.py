@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,9 @@ class PagedAttention:
         if out is None or return_lse:
             out, lse = self._outputs(plan, q, out, lse, return_lse)
         spec, geometry, batch = self.spec, self._geometry, plan.batch
-        launch = self._kernels.run if is_direct else run_traced
+        launch: Callable[..., None] = self._kernels.run
+        if not is_direct:
+            launch = partial(run_traced, many_rows_only=spec.batch_invariant)
         lens = {"kv_lens": batch.kv_lens}
         partials, shares = plan.partials, plan.shares
         try:

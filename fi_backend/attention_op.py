@@ -28,8 +28,9 @@ def _attention(
         head_dim_qk=q.shape[2],
         head_dim_vo=out.shape[2],
     )
+    many_rows_only = arguments.pop("many_rows_only", False)
     if arguments.get("q_rows") is None:
-        kernels = attention_kernels.load(**types, o_dtype=out.dtype)
+        kernels = attention_kernels.load(**types, o_dtype=out.dtype, many_rows_only=many_rows_only)
     else:
         kernels = attention_kernels.load_groups(**types)
     for name in ("k_scale", "v_scale"):
@@ -52,9 +53,11 @@ _op = register(
     "Tensor? page_indices, Tensor? block_table, Tensor? request_rows, int? max_qo_len, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? custom_mask, Tensor? mask_indptr, "
     "Tensor? q_rows=None, Tensor? first_pages=None, Tensor? first_rows=None, "
-    "Tensor? prior_out=None, Tensor? prior_lse=None, Tensor? k_scales, Tensor? v_scales, "
+    "Tensor? prior_out=None, Tensor? prior_lse=None, Tensor? prior_parts=None, "
+    "Tensor? k_scales, Tensor? v_scales, "
     "float k_scale, float v_scale, float sm_scale, float logits_soft_cap, int window_left, "
-    "bool causal, float rope_scale, float rope_theta, int num_workers) -> ()",
+    "bool causal, float rope_scale, float rope_theta, int num_workers, "
+    "bool many_rows_only=False) -> ()",
     _attention,
 )
 

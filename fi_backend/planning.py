@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -140,9 +139,9 @@ def plan(
 ) -> Plan:
     """Divide the work of `batch` among workers.
 
-    On a GPU this is one launch on the current stream, two where requests may share pages: no
-    length is read by the host, nothing is synchronised, and a CUDA graph that holds it plans anew
-    whenever it is replayed. Lengths that decrease `qo_indptr` or are negative then count as empty.
+    On a GPU this is one launch on the current stream: no length is read by the host, nothing is
+    synchronised, and a CUDA graph that holds it plans anew whenever it is replayed. Lengths that
+    decrease `qo_indptr` or are negative then count as empty.
 
     Args:
         spec: the layer, or any of the layers that share its geometry.
@@ -154,7 +153,8 @@ def plan(
             for a thread block of a GPU. None for four pieces a thread of torch's, or three
             blocks for each multiprocessor.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
-            -1 never cuts them: either makes a request's bits independent of its batch mates.
+            -1 never cuts them: either makes a request's bits independent of its batch mates. 0 for
+            a spec that is batch_invariant, whose requests are never cut.
         share_prefixes: whether requests with few query rows whose page tables begin with the same
             pages attend to these once, where that saves more than it costs. None for what
             FI_BACKEND_SHARED_PREFIX says on a GPU, and False elsewhere. It is off with
@@ -218,12 +218,15 @@ def plan(
 
 
 def _fill(plan: Plan) -> None:
-    """Find what the requests of a plan's step share, and divide its work."""
+    """Divide the work of a plan's step, and find what its requests share."""
     geometry, batch, shares = plan.geometry, plan.batch, plan.shares
+    if shares is not None and shares.is_active:
+        shares.plan(geometry, plan.buffer, plan.num_workers)
+        return
     make_plan: Callable[..., None] = device_plan.device_plan
     if batch.qo_indptr.is_cpu:
         make_plan = host_plan.host_plan
-    step: dict[str, Any] = dict(
+    make_plan(
         plan_buffer=plan.buffer,
         qo_indptr=batch.qo_indptr,
         kv_lens=batch.kv_lens,
@@ -236,32 +239,8 @@ def _fill(plan: Plan) -> None:
         causal=geometry.causal,
         window_left=geometry.window_left,
         num_workers=plan.num_workers,
-        split=plan.split_tokens,
-        many_rows_only=geometry.rope,
-    )
-    if shares is None or not shares.is_active:
-        return make_plan(**step)
-    shares.find(geometry)
-    groups = shares.groups
-    step |= dict(kv_lens=groups.own_lens, first_pages=groups.first_pages)
-    if batch.qo_indptr.is_cpu:
-        make_plan(**step)
-        step |= dict(
-            plan_buffer=shares.group_plan,
-            qo_indptr=groups.group_indptr,
-            kv_lens=groups.group_lens,
-            first_pages=None,
-            causal=False,
-            window_left=-1,
-            many_rows_only=True,
-        )
-        return make_plan(**step)
-    return make_plan(
-        **step,
-        group_plan=shares.group_plan,
-        group_indptr=groups.group_indptr,
-        group_lens=groups.group_lens,
-        enable_pdl=True,  # set up during the search, before which all else has ended
+        split=-1 if geometry.batch_invariant else plan.split_tokens,
+        many_rows_only=geometry.rope or geometry.batch_invariant,
     )
 
 
@@ -289,6 +268,10 @@ def _check_arguments(
         raise ValueError(f"num_workers must be at least 1; got {workers}")
     if split_tokens < -1:
         raise ValueError(f"split_tokens must be at least -1; got {split_tokens}")
+    if split_tokens != 0 and spec.batch_invariant:
+        raise ValueError(
+            f"split_tokens must be 0 with a spec that is batch_invariant; got {split_tokens}"
+        )
 
 
 def _check_values(batch: PagedBatch, page_size: int) -> int:

@@ -15,7 +15,12 @@ import torch
 from fi_backend.batch import PagedBatch
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.kernels import device_plan, host_plan
-from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes, max_shared_groups
+from fi_backend.kernels.shared_prefix import (
+    Groups,
+    find_shared_prefixes,
+    max_shared_groups,
+    shared_plan,
+)
 from fi_backend.spec import AttentionSpec, Geometry
 
 __all__ = ["SharedPrefixes", "are_looked_for", "shared_bytes", "shared_floats"]
@@ -24,11 +29,14 @@ __all__ = ["SharedPrefixes", "are_looked_for", "shared_bytes", "shared_floats"]
 FEWEST_REQUESTS = 16
 # What groups have in common at least: templates of prompts have some tokens in common, no more.
 MIN_TOKENS = 256
-# Keys, of all kv heads, that take a GPU 75 us to read. The launch for what is shared takes 45 to 60
-# us however little that is: docs/shared-prefix-notes.md.
-WORTH_KEYS = 5 << 17
-# Most query rows of groups: this bounds the memory for their states.
+# Keys, of all kv heads, that a GPU reads in the time that groups cost a layer, out of the L2 cache,
+# where what many share mostly is: docs/shared-prefix-notes.md.
+WORTH_KEYS = 7 << 16
+# Most query rows of groups, and states of them, one for each part of the keys: this bounds memory.
 _MAX_ROWS = 1024
+_MAX_STATES = 2048
+_MOST_PARTS = 16  # of what a row shares: plan/kept_parts.h
+_NUM_PARTS = 19  # place in a plan's header of the states that each row has: plan/work_line.h
 _ALIGNMENT = 4  # floats
 _FEW_ROWS = 32  # packed rows of a request that may share
 
@@ -36,6 +44,11 @@ _FEW_ROWS = 32  # packed rows of a request that may share
 def _max_rows(geometry: Geometry, max_requests: int) -> int:
     group_size = geometry.num_qo_heads // geometry.num_kv_heads
     return min(_MAX_ROWS, max_requests * max(1, _FEW_ROWS // group_size))
+
+
+def _max_states(geometry: Geometry, max_requests: int) -> int:
+    rows = _max_rows(geometry, max_requests)
+    return min(_MOST_PARTS * rows, max(rows, _MAX_STATES))
 
 
 def are_looked_for(batch: PagedBatch) -> bool:
@@ -46,9 +59,9 @@ def are_looked_for(batch: PagedBatch) -> bool:
 
 def shared_floats(geometry: Geometry, max_requests: int) -> int:
     """Count the float32 elements of workspace for the states of groups' rows."""
-    rows = _max_rows(geometry, max_requests)
+    states = _max_states(geometry, max_requests)
     # And some to begin at a multiple of 16 bytes.
-    return rows * geometry.num_qo_heads * (geometry.head_dim_vo + 1) + _ALIGNMENT
+    return states * geometry.num_qo_heads * (geometry.head_dim_vo + 1) + _ALIGNMENT
 
 
 def shared_bytes(
@@ -76,8 +89,9 @@ class SharedPrefixes:
         groups: what the search writes.
         group_plan: int32, the plan of the batch that groups make.
         partials: float32 workspace of the attention kernels.
-        prior_out: float32 [max_rows, num_qo_heads, head_dim_vo], states of groups' rows.
-        prior_lse: float32 [max_rows, num_qo_heads].
+        prior_out: float32 [max_states, num_qo_heads, head_dim_vo], states of groups' rows.
+        prior_lse: float32 [max_states, num_qo_heads].
+        prior_parts: int32 [1], states of each row, in the group plan.
         kernels: what computes those.
         capacity: as `groups`, for the largest step.
     """
@@ -89,6 +103,7 @@ class SharedPrefixes:
     partials: torch.Tensor
     prior_out: torch.Tensor
     prior_lse: torch.Tensor
+    prior_parts: torch.Tensor
     kernels: Any
     capacity: Groups
 
@@ -106,22 +121,24 @@ class SharedPrefixes:
                 is before is left to the attention kernels.
         """
         geometry, device, requests = spec.geometry, batch.device, batch.num_requests
-        rows, heads = _max_rows(geometry, requests), geometry.num_qo_heads
-        groups = Groups.empty(requests, rows, device)
+        states, heads = _max_states(geometry, requests), geometry.num_qo_heads
+        groups = Groups.empty(requests, _max_rows(geometry, requests), device)
         first = workspace.numel() - shared_floats(geometry, requests) + _ALIGNMENT
         first -= first % _ALIGNMENT
         prior = workspace[first:]
-        values = rows * heads * geometry.head_dim_vo
+        values = states * heads * geometry.head_dim_vo
+        group_plan = torch.empty(
+            _group_plan_ints(requests, num_workers, device), dtype=torch.int32, device=device
+        )
         return cls(
             batch=batch,
             is_active=True,
             groups=groups,
-            group_plan=torch.empty(
-                _group_plan_ints(requests, num_workers, device), dtype=torch.int32, device=device
-            ),
+            group_plan=group_plan,
             partials=workspace[:first],
-            prior_out=prior[:values].view(rows, heads, geometry.head_dim_vo),
-            prior_lse=prior[values : values + rows * heads].view(rows, heads),
+            prior_out=prior[:values].view(states, heads, geometry.head_dim_vo),
+            prior_lse=prior[values : values + states * heads].view(states, heads),
+            prior_parts=group_plan[_NUM_PARTS : _NUM_PARTS + 1],
             kernels=attention_kernels.load_groups(device_type=device.type, **spec.kernel_types),
             capacity=groups,
         )
@@ -139,11 +156,23 @@ class SharedPrefixes:
             groups = self.capacity.of(requests)
         return replace(self, batch=batch, is_active=are_looked_for(batch), groups=groups)
 
-    def find(self, geometry: Geometry) -> None:
-        """Find the step's groups; see fi_backend.kernels.shared_prefix.find_shared_prefixes."""
-        batch = self.batch
-        find_shared_prefixes(
-            self.groups,
+    def plan(self, geometry: Geometry, plan_buffer: torch.Tensor, num_workers: int) -> None:
+        """Find the step's groups, and plan the step and the batch that they make.
+
+        Args:
+            geometry: of the layers.
+            plan_buffer: the step's plan; written.
+            num_workers: workers of both plans.
+        """
+        batch, groups = self.batch, self.groups
+        if batch.qo_indptr.is_cpu:
+            self._plan_on_host(geometry, plan_buffer, num_workers)
+            return
+        shared_plan(
+            groups,
+            plan_buffer=plan_buffer,
+            group_plan=self.group_plan,
+            group_states=self.prior_lse.shape[0],
             qo_indptr=batch.qo_indptr,
             kv_lens=batch.kv_lens,
             page_indptr=batch.page_indptr,
@@ -155,9 +184,60 @@ class SharedPrefixes:
             num_kv_heads=geometry.num_kv_heads,
             head_dim_qk=geometry.head_dim_qk,
             head_dim_vo=geometry.head_dim_vo,
+            q_dtype=geometry.q_dtype,
+            kv_dtype=geometry.kv_dtype,
+            causal=geometry.causal,
+            window_left=geometry.window_left,
+            num_workers=num_workers,
+            min_tokens=MIN_TOKENS,
+            worth_keys=WORTH_KEYS,
+        )
+
+    def _plan_on_host(
+        self, geometry: Geometry, plan_buffer: torch.Tensor, num_workers: int
+    ) -> None:
+        batch, groups = self.batch, self.groups
+        heads: dict[str, Any] = dict(
+            num_qo_heads=geometry.num_qo_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim_qk=geometry.head_dim_qk,
+            head_dim_vo=geometry.head_dim_vo,
+        )
+        find_shared_prefixes(
+            groups,
+            qo_indptr=batch.qo_indptr,
+            kv_lens=batch.kv_lens,
+            page_indptr=batch.page_indptr,
+            page_indices=batch.page_indices,
+            block_table=batch.block_table,
+            request_rows=batch.request_rows,
+            page_size=geometry.page_size,
             window_left=geometry.window_left,
             min_tokens=MIN_TOKENS,
             worth_keys=WORTH_KEYS,
+            **heads,
+        )
+        common: dict[str, Any] = heads | dict(
+            q_dtype=geometry.q_dtype, kv_dtype=geometry.kv_dtype, num_workers=num_workers, split=0
+        )
+        host_plan.host_plan(
+            plan_buffer=plan_buffer,
+            qo_indptr=batch.qo_indptr,
+            kv_lens=groups.own_lens,
+            first_pages=groups.first_pages,
+            causal=geometry.causal,
+            window_left=geometry.window_left,
+            many_rows_only=False,
+            **common,
+        )
+        host_plan.host_plan(
+            plan_buffer=self.group_plan,
+            qo_indptr=groups.group_indptr,
+            kv_lens=groups.group_lens,
+            causal=False,
+            window_left=-1,
+            many_rows_only=True,
+            **common,
         )
 
     def run(
@@ -219,4 +299,5 @@ class SharedPrefixes:
             first_rows=groups.first_rows,
             prior_out=self.prior_out,
             prior_lse=self.prior_lse,
+            prior_parts=self.prior_parts,
         )

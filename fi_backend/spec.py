@@ -59,6 +59,7 @@ class Geometry:
     window_left: int
     rope: bool
     may_share: bool  # logits depend on no position, so that requests may share pages
+    batch_invariant: bool
 
 
 _geometries: dict[Geometry, Geometry] = {}
@@ -89,6 +90,9 @@ class AttentionSpec:
         rope_scale: divides positions when rope_theta > 0.
         variant: functions of the caller's that change scores, masks, weights or outputs; run()
             gets the values of their tensors and scalars.
+        batch_invariant: a query row's bits depend on its own request's tokens alone: neither on
+            other requests nor on which of its rows are in the step. All rows then take the
+            many-row kernel, uncut, which decodes more slowly.
         geometry: what plans depend on; equal geometries are one object, so that they compare fast.
     """
 
@@ -110,6 +114,7 @@ class AttentionSpec:
     rope_theta: float = 0.0
     rope_scale: float = 1.0
     variant: AttentionVariant | None = None
+    batch_invariant: bool = False
     geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,8 +139,13 @@ class AttentionSpec:
             window_left=self.window_left,
             rope=self.rope_theta > 0,
             may_share=not (
-                self.alibi or self.custom_mask or self.rope_theta > 0 or self.variant is not None
+                self.alibi
+                or self.custom_mask
+                or self.rope_theta > 0
+                or self.variant is not None
+                or self.batch_invariant
             ),
+            batch_invariant=self.batch_invariant,
         )
         object.__setattr__(self, "geometry", _geometries.setdefault(geometry, geometry))
 
@@ -149,6 +159,7 @@ class AttentionSpec:
             "head_dim_qk": self.head_dim_qk,
             "head_dim_vo": self.head_dim_vo,
             "variant": None if self.variant is None else self.variant.code,
+            "many_rows_only": self.batch_invariant,
         }
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,8 @@ from fi_backend.kernels import (
     host_plan,
     merge,
     norm,
+    pack_masks,
+    page_table,
     rope,
     rope_append,
 )
@@ -41,7 +43,12 @@ _CACHE_DTYPES = _DTYPES | {
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
-def compile_kernels(layers: Iterable[AttentionSpec], device: torch.device | str = "cpu") -> None:
+def compile_kernels(
+    layers: Iterable[AttentionSpec],
+    device: torch.device | str = "cpu",
+    *,
+    step_tables: bool = False,
+) -> None:
     """Compile what attention layers need and is not on disk yet, all of it in parallel.
 
     Whatever first needs a kernel compiles it too, but then one after the other: the planner, the
@@ -50,6 +57,7 @@ def compile_kernels(layers: Iterable[AttentionSpec], device: torch.device | str 
     Args:
         layers: the layers, in any number.
         device: where they run.
+        step_tables: compile gather_page_table() and pack_masks(), too.
 
     Raises:
         UnsupportedError: a layer is not supported; the message says what is.
@@ -61,8 +69,12 @@ def compile_kernels(layers: Iterable[AttentionSpec], device: torch.device | str 
         reason = supports(layer, device_type)
         if reason is not None:
             raise UnsupportedError(f"compile_kernels: {reason}")
-    if layers:
-        build(attention_kernels(layers, device_type))
+    kernels = attention_kernels(layers, device_type) if layers else []
+    if step_tables:
+        target: Literal["cpu", "cuda"] = "cuda" if device_type == "cuda" else "cpu"
+        kernels += [page_table.page_table_spec(target), pack_masks.pack_masks_spec(target)]
+    if kernels:
+        build(kernels)
 
 
 def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list[KernelSpec]:

@@ -74,9 +74,8 @@ class Sharing:
 
     def plan(self, share: bool, **options: Any) -> Plan:
         workspace = options.pop("workspace", None) or Workspace(self.device)
-        return fi_backend.plan(
-            self.spec, self.batch, workspace, num_workers=9, share_prefixes=share, **options
-        )
+        options = {"num_workers": 9} | options
+        return fi_backend.plan(self.spec, self.batch, workspace, share_prefixes=share, **options)
 
     def run(self, plan: Plan, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = {
@@ -162,6 +161,26 @@ def test_what_a_layer_may_have(
     plan = sharing.plan(share=True)
     assert num_shared(plan) == 10
     sharing.judge(*sharing.run(plan, **options), **options)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_long_prefix_in_many_parts(device: str, num_rows: int) -> None:
+    step = SharingStep(
+        tree=(Branch(-1, 200), Branch(-1, 50)),
+        nodes=(0, 1) * 6,
+        own_lens=(40, 7, 1, 100, 300, 5, 33, 16, 17, 90, 2, 64),
+        qo_lens=(num_rows,) * 12,
+        page_size=16,
+        table="block_table",
+    )
+    sharing = Sharing(step, replace(SPEC, sinks=True), device)
+    plan = sharing.plan(share=True, num_workers=72)
+    assert num_shared(plan) == 12
+    assert plan.shares is not None
+    if device == "cuda":  # the parts of the short prefix are fewer
+        assert int(plan.shares.group_plan[19]) > 4
+    sinks = torch.linspace(-3.0, 6.0, 8, device="cpu")
+    sharing.judge(*sharing.run(plan, sinks=sinks), sinks=sinks)
 
 
 def test_requests_of_which_a_window_hides_keys_share_none(device: str) -> None:

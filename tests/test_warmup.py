@@ -96,8 +96,13 @@ def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "1")
     compile_kernels(layers[:1], "cuda")
     names = [spec.name for spec in builds.pop()]
-    assert [name for name in names if "f32" in name] == ["prefill_cuda_bf16_bf16_f32_d64x64"]
+    assert [name for name in names if "f32" in name] == [
+        "prefill_cuda_bf16_bf16_f32_d64x64_KeptParts"
+    ]
     compile_kernels([], "cuda")
+    compile_kernels(layers[:1], "cuda", step_tables=True)
+    names = [spec.name for spec in builds.pop()]
+    assert {"page_table_cuda", "pack_masks_cuda"} < set(names)
     with pytest.raises(UnsupportedError, match="compile_kernels: head_dim_qk must be a multiple"):
         compile_kernels([layer(64), layer(40)], "cuda")
     assert len(builds) == 1

@@ -1,4 +1,7 @@
-"""Run both lines of a plan: the few-row kernel, then the many-row kernel, or one for both."""
+"""Run both lines of a plan: the few-row kernel, then the many-row kernel, or one for both.
+
+Where a row's bits must not depend on its batch, the many-row kernel runs alone.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import torch
 
 from fi_backend import jit
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels import attention_cuda, attention_line, attention_variant, mixed
+from fi_backend.kernels import attention_cuda, attention_line, attention_variant, mixed, prefill
 from fi_backend.kernels.decode import decode_spec
-from fi_backend.kernels.prefill import prefill_spec
 
 __all__ = ["attention_specs", "call_count", "group_spec", "load", "load_groups", "partial_floats"]
 
-# Every run on CUDA launches the few-row kernel or the one for both lines: their modules count.
+# Every run on CUDA launches the few-row kernel or the one for both lines: their modules count. So
+# does that of the many-row kernel where it runs alone; what it runs beside the others then counts
+# too, in a process that does both.
 _cuda_call_counts: dict[str, Callable[[], int]] = {}
 
 
@@ -28,10 +32,12 @@ def attention_specs(
     head_dim_qk: int,
     head_dim_vo: int,
     variant: attention_variant.Variant = None,
+    many_rows_only: bool = False,
 ) -> tuple[KernelSpec, ...]:
     """Describe the kernels for one set of types and head sizes.
 
-    Few rows come first, then many, then the kernel for both if there is one.
+    Few rows come first, then many, then the kernel for both if there is one. With many_rows_only
+    there is but the second, for plans that are made with the same.
     """
     types: dict[str, Any] = {
         "q_dtype": q_dtype,
@@ -41,10 +47,12 @@ def attention_specs(
         "head_dim_vo": head_dim_vo,
         "variant": variant,
     }
+    if many_rows_only:
+        return ((attention_cuda if device_type == "cuda" else prefill).prefill_spec(**types),)
     if device_type == "cuda":
         lines = attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
         return (*lines, mixed.mixed_spec(**types)) if mixed.is_served(**types) else lines
-    return decode_spec(**types), prefill_spec(**types)
+    return decode_spec(**types), prefill.prefill_spec(**types)
 
 
 def load(
@@ -57,7 +65,8 @@ def load(
         with_groups: load the kernel of group_spec() too, so that nothing is left to compile when
             the first step shares pages.
         types: q_dtype, kv_dtype, o_dtype, head_dim_qk, head_dim_vo and, if it is not the built-in
-            attention, variant; the modules of each target say which values it takes.
+            attention, variant; the modules of each target say which values it takes. many_rows_only
+            as for attention_specs().
     """
     specs = attention_specs(device_type=device_type, **types)
     if with_groups:
@@ -83,10 +92,13 @@ def group_spec(
     """Describe the many-row kernel that attends to what groups of requests share.
 
     Arguments are those of load(). It writes float32 states, whatever o_dtype a layer has, and
-    layers with a variant do not share.
+    layers with a variant do not share. On a GPU it keeps the states of parts of an item
+    (csrc/include/fi_backend/attention/kept_parts.cuh).
     """
-    spec = attention_cuda.prefill_spec if device_type == "cuda" else prefill_spec
+    is_cuda = device_type == "cuda"
+    spec = (attention_cuda if is_cuda else prefill).prefill_spec
     return spec(
+        variant=("fi::KeptParts", "") if is_cuda else None,
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         o_dtype=torch.float32,

@@ -175,6 +175,7 @@ class CudaLineKernels:
         first_rows: torch.Tensor | None = None,
         prior_out: torch.Tensor | None = None,
         prior_lse: torch.Tensor | None = None,
+        prior_parts: torch.Tensor | None = None,
         k_scale: float | torch.Tensor = 1.0,
         v_scale: float | torch.Tensor = 1.0,
         sm_scale: float,
@@ -219,6 +220,7 @@ class CudaLineKernels:
             first_rows: as there.
             prior_out: as there.
             prior_lse: as there.
+            prior_parts: as there.
             k_scale: as there.
             v_scale: as there.
             sm_scale: as there.
@@ -267,6 +269,7 @@ class CudaLineKernels:
                 first_rows,
                 prior_out,
                 prior_lse,
+                prior_parts,
                 k_scales,
                 v_scales,
                 k_value,

@@ -103,6 +103,7 @@ class LineKernels:
         first_rows: torch.Tensor | None = None,
         prior_out: torch.Tensor | None = None,
         prior_lse: torch.Tensor | None = None,
+        prior_parts: torch.Tensor | None = None,
         k_scale: float | torch.Tensor = 1.0,
         v_scale: float | torch.Tensor = 1.0,
         sm_scale: float,
@@ -122,7 +123,9 @@ class LineKernels:
             q: [num_rows, num_qo_heads, head_dim_qk]; rows of no request are not read.
             k_cache: [num_pages, page_size, num_kv_heads, head_dim_qk], last dim contiguous.
             v_cache: [num_pages, page_size, num_kv_heads, head_dim_vo], last dim contiguous.
-            out: [num_rows, num_qo_heads, head_dim_vo]; rows of no request are not written.
+            out: [num_rows, num_qo_heads, head_dim_vo]; rows of no request are not written. With
+                q_rows, at least as many rows as those; a kernel that keeps parts of items writes
+                prior_parts states of each row.
             lse: float32 [num_rows, num_qo_heads], base 2, sinks included; None if unwanted.
             qo_indptr: int32 [num_reqs + 1], as planned.
             kv_lens: int32 [num_reqs], as planned.
@@ -143,9 +146,11 @@ class LineKernels:
                 with a prior state, of keys before; what depends on positions is not served then
                 (ALiBi, custom masks, windows that hide keys, rope, variants).
             first_rows: int32 [num_reqs], the request's first row in prior_out and prior_lse.
-            prior_out: float32 [*, num_qo_heads, head_dim_vo], contiguous; computed with v_scale 1
-                and without sinks.
-            prior_lse: float32 [*, num_qo_heads], contiguous, base 2.
+            prior_out: float32 [* x prior_parts, num_qo_heads, head_dim_vo], contiguous; computed
+                with v_scale 1 and without sinks.
+            prior_lse: float32 [* x prior_parts, num_qo_heads], contiguous, base 2; -inf for a state
+                that a row does not have.
+            prior_parts: int32 [1], states of each row, one after the other, over parts of the keys.
             k_scale: factor on keys: a float, or float32 [num_kv_heads].
             v_scale: factor on values: a float, or float32 [num_kv_heads].
             sm_scale: factor on logits.
@@ -186,6 +191,7 @@ class LineKernels:
             first_rows,
             prior_out,
             prior_lse,
+            prior_parts,
             k_scales,
             v_scales,
             k_value,

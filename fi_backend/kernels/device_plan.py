@@ -37,10 +37,6 @@ def device_plan(
     plan_buffer: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_lens: torch.Tensor,
-    first_pages: torch.Tensor | None = None,
-    group_plan: torch.Tensor | None = None,
-    group_indptr: torch.Tensor | None = None,
-    group_lens: torch.Tensor | None = None,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim_qk: int,
@@ -63,13 +59,6 @@ def device_plan(
         plan_buffer: int32 [plan_buffer_ints(...)] on a CUDA device, aligned to 8 bytes; written.
         qo_indptr: int32 [num_reqs + 1], first query row of each request.
         kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
-        first_pages: int32 [num_reqs], where in its page table the kv_lens of a request begin; None
-            for the start.
-        group_plan: as plan_buffer, for the batch that groups of requests make (find_shared_prefixes
-            in fi_backend.kernels.shared_prefix): its requests have many rows and no mask. None if
-            there is none.
-        group_indptr: as qo_indptr, of that batch.
-        group_lens: as kv_lens, of that batch.
         num_qo_heads: a multiple of num_kv_heads.
         num_kv_heads: heads of the cache.
         head_dim_qk: size of a query or key row.
@@ -93,10 +82,6 @@ def device_plan(
         plan_buffer,
         qo_indptr,
         kv_lens,
-        first_pages,
-        group_plan,
-        group_indptr,
-        group_lens,
         num_qo_heads,
         num_kv_heads,
         head_dim_qk,

@@ -61,6 +61,7 @@ def host_plan(
     num_workers: int,
     split: int,
     many_rows_only: bool,
+    kept_states: int = 0,
     target: Literal["cpu", "cuda", "sm_90"] = "cpu",
 ) -> None:
     """Write the plan of a step into `plan_buffer`.
@@ -84,6 +85,8 @@ def host_plan(
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.
         many_rows_only: give every request to the many-row kernel.
+        kept_states: states of query rows that there is room for, where parts of many-row items keep
+            states of their own, for a GPU alone; 0 where the kernel merges them.
         target: whose kernels will run the plan. For "sm_90" it is, bit for bit, what
             :func:`fi_backend.kernels.device_plan.device_plan` writes on such a device, and for
             "cuda" what it writes on others: a length that is negative or decreases `qo_indptr` is
@@ -108,6 +111,8 @@ def host_plan(
         num_workers,
         split,
         many_rows_only,
+        kept_states,
         target != "cpu",
-        target == "sm_90" and q_dtype == kv_dtype,
+        q_dtype == kv_dtype,
+        target == "sm_90",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fi_backend.jit import KernelSpec
@@ -9,6 +11,13 @@ from fi_backend.kernels.append_kv import append_cuda_spec
 from fi_backend.kernels.functions import Functions, check_float, cuda_spec
 
 __all__ = ["rope_append_cuda_spec", "rope_append_positions", "rope_append_slots"]
+
+# Exports of so many arguments take g++ longer than the kernels take nvcc: a file for each.
+_TEMPLATES = (
+    "rope_append_cuda.cu.j2",
+    "rope_append_cuda_slots.cc.j2",
+    "rope_append_cuda_positions.cc.j2",
+)
 
 
 def rope_append_cuda_spec(dtype: torch.dtype, cache_dtype: torch.dtype) -> KernelSpec:
@@ -23,7 +32,8 @@ def rope_append_cuda_spec(dtype: torch.dtype, cache_dtype: torch.dtype) -> Kerne
     """
     check_float("rope_append", dtype)
     append_cuda_spec(dtype, cache_dtype)  # checks the cache's dtype
-    return cuda_spec("rope_append", {"in": dtype, "cache": cache_dtype})
+    spec = cuda_spec("rope_append", {"in": dtype, "cache": cache_dtype})
+    return replace(spec, templates=_TEMPLATES)
 
 
 _rope_append_slots = Functions("rope_append_slots", lambda dtypes: rope_append_cuda_spec(*dtypes))

@@ -1,9 +1,9 @@
-"""Find requests whose page tables begin with the same pages, on either target."""
+"""Find requests whose page tables begin with the same pages: on the host, or in a plan's launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fi_backend.kernels.device_plan import plan_spec as device_plan_spec
 from fi_backend.kernels.functions import Functions
 from fi_backend.kernels.host_plan import plan_spec as host_plan_spec
 
-__all__ = ["Groups", "find_shared_prefixes", "max_shared_groups"]
+__all__ = ["Groups", "find_shared_prefixes", "max_shared_groups", "shared_plan"]
 
 
 def _functions(name: str) -> Callable[..., Any]:
@@ -22,7 +22,8 @@ def _functions(name: str) -> Callable[..., Any]:
     return by_device.__getitem__
 
 
-_find = _functions("find_shared_prefixes")
+_find = Functions("find_shared_prefixes", lambda _: host_plan_spec())
+_shared_plan = Functions("shared_plan", lambda _: device_plan_spec())
 _max_shared_groups = _functions("max_shared_groups")
 _scratch_ints = _functions("shared_prefix_scratch_ints")
 
@@ -80,12 +81,24 @@ class Groups:
         parts = memory.split([-(-size // 4) * 4 for size in sizes])
         return cls(*(part[:size] for part, size in zip(parts, sizes, strict=True)))
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return the tensors, in order."""
+        return (
+            self.own_lens,
+            self.first_pages,
+            self.first_rows,
+            self.group_indptr,
+            self.group_lens,
+            self.group_tables,
+            self.q_rows,
+            self.scratch,
+        )
+
     def of(self, num_requests: int) -> Groups:
         """Return the parts of the tensors that a step of fewer requests uses."""
         max_rows, device_type = self.q_rows.shape[0], self.own_lens.device.type
         sizes = self._sizes(num_requests, max_rows, device_type)
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Groups(*(x[:size] for x, size in zip(tensors, sizes, strict=True)))
+        return Groups(*(x[:size] for x, size in zip(self.tensors(), sizes, strict=True)))
 
 
 def max_shared_groups(num_requests: int, device_type: str) -> int:
@@ -112,11 +125,10 @@ def find_shared_prefixes(
     worth_keys: int,
     for_cuda: bool = False,
 ) -> None:
-    """Group the few-row requests of a step that begin with the same pages, and write `groups`.
+    """Group the few-row requests of a step that begin with the same pages, on the host.
 
-    On a GPU this is one launch on the current stream, whose shape depends on the number of requests
-    alone. Pages are shared that are full and hold keys of no query row of the step; requests of
-    which a window hides a key share none.
+    Pages are shared that are full and hold keys of no query row of the step; requests of which a
+    window hides a key share none.
 
     Args:
         groups: for as many requests; written.
@@ -134,15 +146,14 @@ def find_shared_prefixes(
         window_left: keys a query sees to the left of its own; -1 for all.
         min_tokens: what a group has in common at least.
         worth_keys: keys, over all heads of the cache, that the groups of a step must save it from
-            reading; else there are none.
-        for_cuda: on the CPU, write what a GPU would.
+            reading, and twice as many for 352 query rows; else there are none.
+        for_cuda: write what a GPU would.
 
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape or device, or a wrong value that
             is not a length.
     """
-    device_type = kv_lens.device.type
-    _find(device_type)(
+    _find[None](
         qo_indptr,
         kv_lens,
         page_indptr,
@@ -150,14 +161,7 @@ def find_shared_prefixes(
         block_table,
         request_rows,
         page_size,
-        groups.own_lens,
-        groups.first_pages,
-        groups.first_rows,
-        groups.group_indptr,
-        groups.group_lens,
-        groups.group_tables,
-        groups.q_rows,
-        groups.scratch,
+        *groups.tensors(),
         num_qo_heads,
         num_kv_heads,
         head_dim_qk,
@@ -165,5 +169,92 @@ def find_shared_prefixes(
         window_left,
         min_tokens,
         worth_keys,
-        for_cuda if device_type == "cpu" else False,
+        for_cuda,
+    )
+
+
+def shared_plan(
+    groups: Groups,
+    *,
+    plan_buffer: torch.Tensor,
+    group_plan: torch.Tensor,
+    group_states: int,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    request_rows: torch.Tensor | None = None,
+    page_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    causal: bool,
+    window_left: int,
+    num_workers: int,
+    min_tokens: int,
+    worth_keys: int,
+    enable_pdl: bool = False,
+) -> None:
+    """Group a step's requests on a GPU, and plan the step and the batch that its groups make.
+
+    This is one launch on the current stream, whose shape depends on the number of requests and of
+    workers alone. What it writes is what :func:`find_shared_prefixes`, and the host planner with
+    the lengths that this finds, write; of group_plan that holds only where there are groups.
+
+    Args:
+        groups: for as many requests, on a CUDA device, all zeros before its first use; written.
+        plan_buffer: int32 [plan_buffer_ints(...)] on the device, as all tensors; written.
+        group_plan: the same for the batch of groups, whose requests have many rows and no mask.
+        group_states: states of rows that there is room for: parts of items keep states of their
+            own.
+        qo_indptr: as for find_shared_prefixes().
+        kv_lens: as there.
+        page_indptr: as there.
+        page_indices: as there.
+        block_table: as there.
+        request_rows: as there.
+        page_size: as there.
+        num_qo_heads: as there.
+        num_kv_heads: as there.
+        head_dim_qk: as there.
+        head_dim_vo: as there.
+        q_dtype: type of q.
+        kv_dtype: type of the cache.
+        causal: a query sees no key after its own position.
+        window_left: as there.
+        num_workers: thread blocks that will run the plan.
+        min_tokens: as there.
+        worth_keys: as there.
+        enable_pdl: launch as a programmatic dependent of the kernel before.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    _shared_plan[None](
+        plan_buffer,
+        group_plan,
+        qo_indptr,
+        kv_lens,
+        page_indptr,
+        page_indices,
+        block_table,
+        request_rows,
+        page_size,
+        *groups.tensors(),
+        group_states,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        head_dim_vo,
+        causal,
+        window_left,
+        num_workers,
+        min_tokens,
+        worth_keys,
+        q_dtype == kv_dtype,
+        enable_pdl,
     )

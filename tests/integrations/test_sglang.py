@@ -11,9 +11,11 @@ import pytest
 
 from e2e.sglang_site import ROOT, sglang_path
 
-TIMEOUT_SECONDS = 580
+# Three minutes of two idle cores, what is compiled included; of a busy machine, many more.
+TIMEOUT_SECONDS = 1170
 
 
+@pytest.mark.timeout(TIMEOUT_SECONDS + 30)
 def test_inside_sglang() -> None:
     if importlib.util.find_spec("sglang") is not None:
         pytest.skip("SGLang is installed in this environment: its tests run by themselves")
@@ -25,7 +27,7 @@ def test_inside_sglang() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/integrations/sglang"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -57,6 +57,17 @@ def test_layers_of_one_group_keep_their_windows(vllm: Load) -> None:
     assert metadata.plans == plans
 
 
+def test_batch_invariant_mode_reaches_plan_and_kernels(
+    vllm: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits are tests/test_batch_invariant.py's business."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    step, impl = make_step(vllm), make_impl()
+    metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+    check(step, run(step, impl, metadata), Mask(causal=True))
+    assert [plan.geometry.batch_invariant for plan in metadata.plans.values()] == [True]
+
+
 def test_unknown_layers_plan_on_first_use(vllm: Load) -> None:
     step, impl = make_step(vllm), make_impl()
     metadata = make_builder(vllm, {}).build(common_prefix_len=0, common_attn_metadata=step.common)

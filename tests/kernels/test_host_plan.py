@@ -246,7 +246,8 @@ def test_whole_items_are_counted(step: Step) -> None:
         (((8192, 8192),), 8, True),
         (((64, 4096),) * 8, 8, True),  # 128 equal items
         (((512, 8192),) * 4, 8, True),  # 512 equal items: the last round leaves 16 blocks idle
-        (((300, 5000),) * 5, 8, False),  # 400 equal items: it leaves 128 of 132 idle
+        (((544, 4096),), 8, False),  # 136 equal items: it leaves 128 of 132 idle
+        (((300, 5000),) * 5, 8, True),  # 400 too, but parts would read K and V from memory
         (((256, 32768),), 8, False),  # half as many items as blocks
         (((4096, 4096),), 1, False),  # as many, but a few take most of the time
         (((64, 100_000), *[(300, 300)] * 16), 8, False),  # a long one among many short ones

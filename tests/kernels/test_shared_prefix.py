@@ -130,16 +130,23 @@ def test_branches_of_a_tree_have_groups_of_their_own() -> None:
     assert search(pair, min_tokens=256).first_pages.tolist() == [100] * 12
 
 
+def most_worth(saved: int, num_rows: int) -> int:
+    """Return the largest worth_keys that groups of so many query rows reach."""
+    worth = saved * 352 // (352 + num_rows)
+    return max(n for n in (worth, worth + 1) if n + n * num_rows // 352 <= saved)
+
+
 def test_what_saves_too_little_is_not_shared() -> None:
     step = flat(1, 20, 12)
-    saved = (12 - 1) * 320 * 2  # keys of 2 heads, but for one reading
-    assert search(step, worth_keys=saved).first_pages.tolist() == [20] * 12
-    assert search(step, worth_keys=saved + 1).first_pages.tolist() == [0] * 12
+    worth = most_worth((12 - 1) * 320 * 2, 12)  # keys of 2 heads, but for one reading
+    assert search(step, worth_keys=worth).first_pages.tolist() == [20] * 12
+    assert search(step, worth_keys=worth + 1).first_pages.tolist() == [0] * 12
     assert search(step, min_tokens=321).first_pages.tolist() == [0] * 12
-    # 4 rows of 4 heads each are 16 packed rows: 17 requests take two readings of 64.
+    # 4 rows of 4 heads each are 16 packed rows: 8 requests take two readings of 64.
     rows = replace(step, nodes=(0,) * 8, own_lens=(40,) * 8, qo_lens=(4,) * 8)
-    assert search(rows, worth_keys=(8 - 2) * 640).first_pages.tolist() == [20] * 8
-    assert search(rows, worth_keys=(8 - 2) * 640 + 1).first_pages.tolist() == [0] * 8
+    worth = most_worth((8 - 2) * 640, 32)
+    assert search(rows, worth_keys=worth).first_pages.tolist() == [20] * 8
+    assert search(rows, worth_keys=worth + 1).first_pages.tolist() == [0] * 8
 
 
 def test_groups_without_room_are_not_formed() -> None:

@@ -1,8 +1,8 @@
-"""The search for shared prefixes on a GPU writes what the host's writes."""
+"""What a GPU finds to be shared, and its plans, are what the host makes of a step."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_backend.kernels.device_plan import device_plan
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
-from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes
+from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes, shared_plan
 from tests.kernels.attention_cuda_case import planner_target
 from tests.kernels.plan_step import HEADER
 from tests.kernels.shared_prefix_step import Branch, SharingStep, sharing_steps
@@ -20,33 +19,134 @@ from tests.kernels.shared_prefix_step import Branch, SharingStep, sharing_steps
 pytestmark = pytest.mark.gpu
 
 HEADS = dict(num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, head_dim_vo=64)
+DTYPES = dict(q_dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
+SEARCH = dict(window_left=-1, min_tokens=1, worth_keys=0)
+WORKERS = 40
+STATES = 1024  # of groups' rows that there is room for
 
 
-def search(step: SharingStep, device: str, groups: Groups | None = None, **options: Any) -> Groups:
-    """Search on the host for a GPU, or on a GPU."""
-    if groups is None:
-        max_rows = options.pop("max_rows", 256)
-        groups = Groups.empty(len(step.nodes), max_rows, torch.device(device))
+def search(step: SharingStep, tables: dict[str, Any] | None = None, **options: Any) -> Groups:
+    """Search on the host for a GPU."""
+    groups = Groups.empty(len(step.nodes), options.pop("max_rows", 256), torch.device("cpu"))
     find_shared_prefixes(
         groups,
-        **{name: x.to(device) for name, x in (step.lengths() | step.page_table()).items()},
+        **step.lengths(),
+        **(tables or step.page_table()),
         **HEADS,
         page_size=step.page_size,
         for_cuda=True,
-        **({"window_left": -1, "min_tokens": 1, "worth_keys": 0} | options),
+        **(SEARCH | options),
     )
     return groups
 
 
-def check(step: SharingStep, **options: Any) -> Groups:
-    """Compare both searches; return what they found."""
-    expected, found = search(step, "cpu", **options), search(step, "cuda", **options)
-    for field in fields(Groups):
-        if field.name != "scratch":
-            made = getattr(found, field.name).cpu()
-            assert torch.equal(made, getattr(expected, field.name)), field.name
-    assert found.scratch[0] == 0, "the next search begins with this counter"
-    return expected
+@dataclass(frozen=True)
+class Planned:
+    """What a GPU writes, in memory that may be used again."""
+
+    groups: Groups
+    plan: torch.Tensor
+    group_plan: torch.Tensor
+
+    @staticmethod
+    def empty(num_requests: int, max_rows: int = 256) -> Planned:
+        groups = Groups.empty(num_requests, max_rows, torch.device("cuda"))
+        sizes = [
+            plan_buffer_ints(max_reqs=count, num_workers=WORKERS)
+            for count in (num_requests, groups.group_lens.shape[0])
+        ]
+        return Planned(
+            groups, *(torch.full((n,), -7, dtype=torch.int32, device="cuda") for n in sizes)
+        )
+
+    def fill(
+        self, step: SharingStep, tables: dict[str, Any] | None = None, **options: Any
+    ) -> Planned:
+        """Search and plan on the GPU; return this on the host."""
+        tensors = step.lengths() | (tables or step.page_table())
+        shared_plan(
+            self.groups,
+            plan_buffer=self.plan,
+            group_plan=self.group_plan,
+            group_states=STATES,
+            **{name: x.cuda() for name, x in tensors.items()},
+            **HEADS,
+            **DTYPES,
+            page_size=step.page_size,
+            causal=True,
+            num_workers=WORKERS,
+            **(SEARCH | options),
+        )
+        groups = Groups(*(x.cpu() for x in self.groups.tensors()))
+        return Planned(groups, self.plan.cpu(), self.group_plan.cpu())
+
+
+def expect(step: SharingStep, groups: Groups, **options: Any) -> Planned:
+    """Plan on the host what a search found."""
+    made = Planned.empty(len(step.nodes))
+    plan, group_plan = made.plan.cpu(), made.group_plan.cpu()
+    common: dict[str, Any] = dict(
+        **HEADS, **DTYPES, num_workers=WORKERS, split=0, target=planner_target()
+    )
+    host_plan(
+        plan_buffer=plan,
+        qo_indptr=step.lengths()["qo_indptr"],
+        kv_lens=groups.own_lens,
+        first_pages=groups.first_pages,
+        causal=True,
+        window_left=options.get("window_left", -1),
+        many_rows_only=False,
+        **common,
+    )
+    host_plan(
+        plan_buffer=group_plan,
+        qo_indptr=groups.group_indptr,
+        kv_lens=groups.group_lens,
+        causal=False,
+        window_left=-1,
+        many_rows_only=True,
+        kept_states=STATES,
+        **common,
+    )
+    return Planned(groups, plan, group_plan)
+
+
+def many_row_line(plan: torch.Tensor, num_requests: int) -> list[torch.Tensor]:
+    """Return the header of a plan, and the arrays of its many-row line."""
+    costs, records = 2 * (num_requests + 1), 4 * (WORKERS + 1)
+    sizes = [HEADER, *[costs] * 2, *[records] * 6, *[WORKERS + 1] * 2]
+    header, *arrays = plan[: sum(sizes)].split(sizes)
+    return [header, *arrays[1::2]]
+
+
+def check(
+    step: SharingStep,
+    tables: dict[str, Any] | None = None,
+    memory: Planned | None = None,
+    **options: Any,
+) -> Groups:
+    """Compare what a GPU writes with what the host does; return what they found."""
+    max_rows = options.pop("max_rows", 256)
+    memory = memory or Planned.empty(len(step.nodes), max_rows)
+    made = memory.fill(step, tables, **options)
+    groups = search(step, tables, max_rows=max_rows, **options)
+    num_rows = int(groups.group_indptr[-1])
+    names = ["own_lens", "first_pages"]
+    if num_rows > 0:
+        names += ["first_rows", "group_indptr", "group_lens", "group_tables"]
+    for name in names:
+        assert torch.equal(getattr(made.groups, name), getattr(groups, name)), name
+    assert torch.equal(made.groups.q_rows[:num_rows], groups.q_rows[:num_rows])
+    assert not made.groups.scratch[:2].any(), "the next search begins with these counters"
+    expected = expect(step, groups, **options)
+    assert torch.equal(made.plan, expected.plan)
+    num_groups = groups.group_lens.shape[0]
+    lines = [many_row_line(x.group_plan, num_groups) for x in (made, expected)]
+    if num_rows == 0:  # its header and its workers' starts say that there is nothing to do
+        lines = [[line[0], line[2]] for line in lines]
+    for of_device, of_host in zip(*lines, strict=True):
+        assert torch.equal(of_device, of_host)
+    return groups
 
 
 @given(sharing_steps(), st.integers(1, 40), st.sampled_from([-1, 0, 30, 100]))
@@ -81,98 +181,23 @@ def test_long_prefixes_that_differ_in_one_page() -> None:
     for page in (0, 300, 1023, 1024, 4999):
         table = step.page_table()["block_table"]
         table[4, page] += 1
-        found = {}
-        for device in ("cpu", "cuda"):
-            groups = found[device] = Groups.empty(9, 64, torch.device(device))
-            find_shared_prefixes(
-                groups,
-                **{name: x.to(device) for name, x in step.lengths().items()},
-                block_table=table.to(device),
-                **HEADS,
-                page_size=1,
-                window_left=-1,
-                min_tokens=256,
-                worth_keys=0,
-                for_cuda=True,
-            )
-        assert torch.equal(found["cuda"].first_pages.cpu(), found["cpu"].first_pages)
+        found = check(step, {"block_table": table}, min_tokens=256)
         # All nine save more where they part late than the other eight do.
-        assert int(found["cpu"].first_pages[3]) == (4999 if page == 4999 else 5000)
+        assert int(found.first_pages[3]) == (4999 if page == 4999 else 5000)
 
 
 def test_a_search_leaves_nothing_to_the_next() -> None:
     step = SharingStep(
         (Branch(-1, 40), Branch(-1, 50)), (0, 1) * 20, (9,) * 40, (1,) * 40, 16, "csr"
     )
-    groups = search(step, "cuda")
-    for nodes in ((-1,) * 40, (1, 0) * 20, (0,) * 40):
-        other = replace(step, nodes=nodes)
-        search(other, "cuda", groups)
-        expected = search(other, "cpu")
-        for name in ("own_lens", "first_pages", "group_indptr", "group_lens", "group_tables"):
-            assert torch.equal(getattr(groups, name).cpu(), getattr(expected, name)), name
+    memory = Planned.empty(40)
+    for nodes in ((0, 1) * 20, (-1,) * 40, (1, 0) * 20, (0,) * 40, (-1,) * 40):
+        check(replace(step, nodes=nodes), memory=memory)
 
 
-WORKERS = 40
-PLAN: dict[str, Any] = dict(
-    **HEADS, q_dtype=torch.bfloat16, kv_dtype=torch.bfloat16, num_workers=WORKERS, split=0
-)
-
-
-def many_row_line(plan: torch.Tensor, num_requests: int) -> list[torch.Tensor]:
-    """Return the header of a plan, and the arrays of its many-row line."""
-    costs, records = 2 * (num_requests + 1), 4 * (WORKERS + 1)
-    sizes = [HEADER, *[costs] * 2, *[records] * 6, *[WORKERS + 1] * 2]
-    header, *arrays = plan[: sum(sizes)].split(sizes)
-    return [header, *arrays[1::2]]
-
-
-@given(sharing_steps())
-@settings(deadline=None, max_examples=100)
-def test_steps_with_groups_are_planned_as_on_the_host(step: SharingStep) -> None:
-    if not step.nodes:
-        return
-    groups = search(step, "cuda")
-    on_host = Groups(*(getattr(groups, field.name).cpu() for field in fields(Groups)))
-    num_groups = groups.group_lens.shape[0]
-    sizes = [
-        plan_buffer_ints(max_reqs=count, num_workers=WORKERS)
-        for count in (len(step.nodes), num_groups)
-    ]
-    made, made_groups = (torch.full((n,), -7, dtype=torch.int32, device="cuda") for n in sizes)
-    expected, expected_groups = (torch.full((n,), -7, dtype=torch.int32) for n in sizes)
-    lengths = dict(qo_indptr=step.lengths()["qo_indptr"], kv_lens=on_host.own_lens)
-    options = dict(causal=True, window_left=-1, many_rows_only=False)
-    device_plan(
-        plan_buffer=made,
-        **{name: x.cuda() for name, x in lengths.items()},
-        first_pages=groups.first_pages,
-        group_plan=made_groups,
-        group_indptr=groups.group_indptr,
-        group_lens=groups.group_lens,
-        **PLAN,
-        **options,
+def test_a_mixed_step_is_planned_with_what_its_requests_share() -> None:
+    step = SharingStep(
+        (Branch(-1, 80),), (0,) * 24, (9,) * 24, (1,) * 20 + (100, 1, 300, 0), 16, "block_table"
     )
-    target = planner_target()
-    host_plan(
-        plan_buffer=expected,
-        **lengths,
-        first_pages=on_host.first_pages,
-        **PLAN,
-        **options,
-        target=target,
-    )
-    host_plan(
-        plan_buffer=expected_groups,
-        qo_indptr=on_host.group_indptr,
-        kv_lens=on_host.group_lens,
-        **PLAN,
-        causal=False,
-        window_left=-1,
-        many_rows_only=True,
-        target=target,
-    )
-    assert torch.equal(made.cpu(), expected)
-    lines = many_row_line(made_groups.cpu(), num_groups), many_row_line(expected_groups, num_groups)
-    for of_device, of_host in zip(*lines, strict=True):
-        assert torch.equal(of_device, of_host)
+    found = check(step, min_tokens=256)
+    assert int((found.first_pages > 0).sum()) == 21

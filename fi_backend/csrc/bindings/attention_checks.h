@@ -38,6 +38,7 @@ struct AttentionArguments {
   Optional<TensorView> first_rows;
   Optional<TensorView> prior_out;
   Optional<TensorView> prior_lse;
+  Optional<TensorView> prior_parts;
   Optional<TensorView> k_scales;
   Optional<TensorView> v_scales;
   double k_scale;
@@ -97,10 +98,10 @@ inline PageTable page_table(const PageTableArguments& a, int64_t page_size, int6
 inline PriorStates prior_states(const AttentionArguments& a, int64_t head_dim_vo, int64_t num_reqs,
                                 DLDevice device) {
   const bool is_given = a.first_pages.has_value();
-  for (const auto* other : {&a.first_rows, &a.prior_out, &a.prior_lse}) {
+  for (const auto* other : {&a.first_rows, &a.prior_out, &a.prior_lse, &a.prior_parts}) {
     if (other->has_value() != is_given) {
-      TVM_FFI_THROW(ValueError) << "first_pages, first_rows, prior_out and prior_lse must be given "
-                                << "together";
+      TVM_FFI_THROW(ValueError) << "first_pages, first_rows, prior_out, prior_lse and prior_parts "
+                                << "must be given together";
     }
   }
   if (!is_given) return {};
@@ -109,11 +110,12 @@ inline PriorStates prior_states(const AttentionArguments& a, int64_t head_dim_vo
   check_tensor("first_rows", a.first_rows.value(), kDtypeOf<int32_t>, {num_reqs}, device);
   check_tensor("prior_out", out, kDtypeOf<float>, {kAnySize, a.q.size(1), head_dim_vo}, device);
   check_tensor("prior_lse", lse, kDtypeOf<float>, {out.size(0), a.q.size(1)}, device);
+  check_tensor("prior_parts", a.prior_parts.value(), kDtypeOf<int32_t>, {1}, device);
   if (!out.IsContiguous() || !lse.IsContiguous()) {
     TVM_FFI_THROW(ValueError) << "prior_out and prior_lse must be contiguous";
   }
   return {data_or_null<const float>(a.prior_out), data_or_null<const float>(a.prior_lse),
-          data_or_null<const int32_t>(a.first_rows)};
+          data_or_null<const int32_t>(a.first_rows), data_or_null<const int32_t>(a.prior_parts)};
 }
 
 // Check all arguments but the contents of plan_buffer and the size of partials, which is the
@@ -132,7 +134,7 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   int64_t num_out_rows = num_rows;
   if (a.q_rows.has_value()) {
     check_tensor("q_rows", a.q_rows.value(), kDtypeOf<int32_t>, {kAnySize}, device);
-    num_out_rows = a.q_rows.value().size(0);
+    num_out_rows = a.out.size(0);  // a plan may keep several states of a row
   }
   check_tensor("out", a.out, kDtypeOf<typename Traits::Out>, {num_out_rows, num_qo_heads, kVo},
                device);

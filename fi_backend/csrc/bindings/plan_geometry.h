@@ -30,20 +30,22 @@ inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
 // busy, an item's page ids, queries and first tiles take as long to come as 128 tokens take to
 // read. Wide heads leave room for two thread blocks an SM instead of three.
 //
-// allows_sm90: the device is of sm_90, and q and the caches are of one type.
-inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool allows_sm90) {
+// same_types: the caches have q's type, else fp8. on_sm90: so is the device.
+inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool same_types,
+                              bool on_sm90) {
   constexpr int kSectionBytes = 24 << 20;  // leaves half of the smallest L2 to everything else
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
-  const bool is_sm90 = allows_sm90 && has_sm90_head_dims(qk, vo);
+  const int kv_bytes = same_types ? 2 : 1;
+  const bool is_sm90 = on_sm90 && has_sm90_head_dims(qk, vo, kv_bytes);
   return {cuda_few_rows_limit(qk, vo),
-          is_sm90 ? sm90_tile_rows(qk, vo) : many_row_tile(qk, vo),
+          is_sm90 ? sm90_tile_rows(qk, vo, kv_bytes) : many_row_tile(qk, vo),
           64,
           64,
           16,
           qk <= 128 && vo <= 128 ? 3 : 2,
-          kSectionBytes / (2 * (qk + vo)),
-          is_sm90 && has_mixed_rows_dims(qk, vo)};
+          kSectionBytes / (kv_bytes * (qk + vo)),
+          is_sm90 && same_types && has_mixed_rows_dims(qk, vo)};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
@@ -54,12 +56,12 @@ inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
   return plan_ints(max_reqs, num_workers);
 }
 
-// Check everything but the lengths, which may live on a device.
+// Check everything but the lengths, which may live on a device. kept_states: see kept_parts.h.
 inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorView& qo_indptr,
                                   const TensorView& kv_lens, int64_t num_qo_heads,
                                   int64_t num_kv_heads, const TileLimits& limits, bool causal,
                                   int64_t window_left, int64_t num_workers, int64_t split,
-                                  bool many_rows_only, DLDevice device) {
+                                  bool many_rows_only, DLDevice device, int64_t kept_states = 0) {
   check_tensor("kv_lens", kv_lens, kDtypeOf<int32_t>, {kAnySize}, device);
   const int64_t num_reqs = kv_lens.size(0);
   check_tensor("qo_indptr", qo_indptr, kDtypeOf<int32_t>, {num_reqs + 1}, device);
@@ -99,6 +101,7 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.blocks_per_sm = limits.blocks_per_sm;
   geometry.section_tokens = limits.section_tokens;
   geometry.shares_sms = limits.shares_sms;
+  geometry.kept_states = static_cast<int32_t>(kept_states);
   return geometry;
 }
 

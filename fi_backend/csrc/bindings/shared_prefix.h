@@ -10,7 +10,7 @@
 
 namespace fi::bindings {
 
-// Places of the scratch memory: the counter, which must be 0 before the first search, then matches.
+// Places of the scratch memory: counters, which must be 0 before the first search, then matches.
 constexpr int64_t kCounterInts = 2;
 
 inline int64_t max_shared_groups(int64_t num_reqs) {

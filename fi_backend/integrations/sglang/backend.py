@@ -80,7 +80,7 @@ class FIAttnBackend(AttentionBackend):
     def _prepare(self, model_runner: Any) -> None:
         """Compile the model's kernels in one parallel build and reserve their scratch memory."""
         specs = self._model_specs(model_runner)
-        compile_kernels(specs, self.device)
+        compile_kernels(specs, self.device, step_tables=True)
         for spec in specs:
             PagedAttention(spec, self.device)
             size = workspace_bytes(spec, 0, 0, device=self.device, split_tokens=self._split_tokens)

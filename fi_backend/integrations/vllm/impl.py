@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from fi_backend import AttentionSpec, PagedAttention, append_to_cache, rope_append_to_cache
@@ -101,6 +102,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         self.alibi_slopes = (
             None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         )
+        self._batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
         self._encoder_only = attn_type == AttentionType.ENCODER_ONLY
         if self._encoder_only and sliding_window is not None:
             raise UnsupportedError(
@@ -128,6 +130,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             sm_scale=self.scale,
             alibi=self.alibi_slopes is not None,
             sinks=self.sinks is not None,
+            batch_invariant=self._batch_invariant,
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

@@ -28,18 +28,20 @@ bool run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
                       Optional<TensorView> mask_indptr, Optional<TensorView> q_rows,
                       Optional<TensorView> first_pages, Optional<TensorView> first_rows,
                       Optional<TensorView> prior_out, Optional<TensorView> prior_lse,
-                      Optional<TensorView> k_scales, Optional<TensorView> v_scales, double k_scale,
-                      double v_scale, double sm_scale, double soft_cap, int64_t window_left,
-                      bool causal, double rope_scale, double rope_theta, int64_t num_workers,
+                      Optional<TensorView> prior_parts, Optional<TensorView> k_scales,
+                      Optional<TensorView> v_scales, double k_scale, double v_scale,
+                      double sm_scale, double soft_cap, int64_t window_left, bool causal,
+                      double rope_scale, double rope_theta, int64_t num_workers,
                       typename Member<Members>::Argument... members) {
   constexpr int kQk = Traits::kHeadDimQk;
   constexpr int kVo = Traits::kHeadDimVo;
   const PageTableArguments pages = {page_indptr, page_indices, block_table, request_rows};
   const AttentionArguments arguments = {
-      q,         k_cache,     v_cache,    out,          lse,        plan_buffer, partials,
-      qo_indptr, kv_lens,     pages,      alibi_slopes, sinks,      custom_mask, mask_indptr,
-      q_rows,    first_pages, first_rows, prior_out,    prior_lse,  k_scales,    v_scales,
-      k_scale,   v_scale,     sm_scale,   soft_cap,     rope_scale, rope_theta,  num_workers};
+      q,           k_cache,     v_cache,    out,         lse,          plan_buffer,
+      partials,    qo_indptr,   kv_lens,    pages,       alibi_slopes, sinks,
+      custom_mask, mask_indptr, q_rows,     first_pages, first_rows,   prior_out,
+      prior_lse,   prior_parts, k_scales,   v_scales,    k_scale,      v_scale,
+      sm_scale,    soft_cap,    rope_scale, rope_theta,  num_workers};
   AttentionParams params = checked_params<Traits>(arguments, kCpu);
   check_variant_options<typename Traits::Variant>(arguments);
   set_variant<typename Traits::Variant, Members...>(params, kCpu, members...);

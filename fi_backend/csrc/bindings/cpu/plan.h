@@ -20,18 +20,20 @@ inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. for_cuda: the plan
 // is for the CUDA kernels, and bad lengths are empty as on a device; else they are an error.
-// allows_sm90: see cuda_limits(). first_pages int32 [num_reqs]: see RequestSpan.
+// kept_states: see kept_parts.h. same_types and on_sm90: see cuda_limits().
+// first_pages int32 [num_reqs]: see RequestSpan.
 inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
                       Optional<TensorView> first_pages, int64_t num_qo_heads, int64_t num_kv_heads,
                       int64_t head_dim_qk, int64_t head_dim_vo, bool causal, int64_t window_left,
-                      int64_t num_workers, int64_t split, bool many_rows_only, bool for_cuda,
-                      bool allows_sm90) {
+                      int64_t num_workers, int64_t split, bool many_rows_only, int64_t kept_states,
+                      bool for_cuda, bool same_types, bool on_sm90) {
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
-  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, allows_sm90) : cpu_limits(qk, vo);
+  const TileLimits limits =
+      for_cuda ? cuda_limits(qk, vo, same_types, on_sm90) : cpu_limits(qk, vo);
   const WorkGeometry geometry =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
-                    window_left, num_workers, split, many_rows_only, kCpu);
+                    window_left, num_workers, split, many_rows_only, kCpu, kept_states);
   const auto* indptr = static_cast<const int32_t*>(qo_indptr.data_ptr());
   const auto* lens = static_cast<const int32_t*>(kv_lens.data_ptr());
   const int32_t* pages = checked_first_pages(first_pages, geometry.num_reqs, kCpu);
@@ -59,7 +61,7 @@ inline void find_shared_prefixes(
     int64_t min_tokens, int64_t worth_keys, bool for_cuda) {
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
-  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, false) : cpu_limits(qk, vo);
+  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, true, false) : cpu_limits(qk, vo);
   const SharedPrefixParams params = shared_prefix_params(
       qo_indptr, kv_lens, {page_indptr, page_indices, block_table, request_rows}, page_size,
       {own_lens, first_pages, first_rows, group_indptr, group_lens, group_tables, q_rows, scratch},

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bindings/cuda/attention.h>
+#include <bindings/run_count.h>
 #include <fi_backend/attention/many_rows_launch.h>
 #include <fi_backend/attention/many_rows_shape.h>
 
@@ -28,7 +29,9 @@ struct PrefillTraits {
                             cudaStream_t stream) {
     const ManyRowsLaunch many = {launch.num_reqs, launch.num_workers, launch.num_pages,
                                  launch.enable_pdl};
-    return launch_many_rows(params, many, stream);
+    const cudaError_t status = launch_many_rows(params, many, stream);
+    if (status == cudaSuccess) count_attention_run();
+    return status;
   }
 };
 

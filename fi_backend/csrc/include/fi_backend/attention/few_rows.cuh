@@ -138,7 +138,6 @@ class FewRowsCompute {
       for (int n = 0; n < kBlocks; ++n) {
         if (n * Traits::kRowGroups + row_group() != block) continue;
         softmax.store(n, shared_.states[token_warp()], scratch_values(token_warp()));
-        if (unit.prior_row >= 0 && token_warp() == 0) merge_prior(unit, block * kRowBlock);
       }
       if ((block + 1) * kRowBlock >= unit.num_rows) return;
       barrier();
@@ -155,6 +154,8 @@ class FewRowsCompute {
     for (int i = threadIdx.x; i < num_rows * kAccesses; i += Traits::kComputeThreads) {
       const int row = i / kAccesses;
       const int column = i % kAccesses * kValuesPerAccess;
+      RowPart merged = empty_part();
+      if (unit.prior_parts > 0) merged = merge_prior(unit, rows_[first + row], column);
       RowPart parts[kTokenWarps];
 #pragma unroll
       for (int w = 0; w < kTokenWarps; ++w) {
@@ -162,7 +163,6 @@ class FewRowsCompute {
         const float* values = scratch_values(w) + scratch_offset<Traits>(row, column);
         parts[w] = {state.max, state.sum, *reinterpret_cast<const float4*>(values)};
       }
-      RowPart merged = empty_part();
       merge_parts(merged, parts);
       if (unit.is_whole_item) {
         write_output(unit.piece, rows_[first + row], column, merged);
@@ -173,50 +173,29 @@ class FewRowsCompute {
     }
   }
 
-  // Put the states of a block's rows over the keys that come before the unit's (PriorStates) before
-  // what this warp, the first, has just stored.
-  __device__ __forceinline__ void merge_prior(const FewRowsUnit& unit, int first) const {
+  // A row's states over the keys that come before the unit's (PriorStates), merged.
+  __device__ __forceinline__ RowPart merge_prior(const FewRowsUnit& unit, const LogitRow& row,
+                                                 int column) const {
     constexpr int kInFlight = 4;  // loads that cover each other's latency
-    // Read anew, so that nothing of it is kept in registers while units are computed.
-    const AttentionParams* a = &p_.attention;
-    asm volatile("" : "+l"(a));
-    const auto load = [&](int row, int column) -> RowPart {
-      const LogitRow& r = rows_[first + row];
-      const int64_t at = int64_t{unit.prior_row + r.qo_idx} * a->num_qo_heads + r.head;
-      const float* values = a->prior.out + at * Traits::kVo + column;
-      return {__ldcg(a->prior.lse + at), 1.f, __ldcg(reinterpret_cast<const float4*>(values))};
-    };
-    SoftmaxState* states = shared_.states[0];
-    const int num_rows = min(kRowBlock, unit.num_rows - first);
-    const int count = num_rows * kAccesses;
-    const int lane = threadIdx.x % kWarpSize;
-    __syncwarp();
+    const AttentionParams& a = p_.attention;
+    const int count = unit.prior_parts;
+    ptx::grid_dependency_wait();
+    RowPart merged = empty_part();
 #pragma unroll 1
-    for (int begin = 0; begin < count; begin += kInFlight * kWarpSize) {
-      RowPart merged[kInFlight];
+    for (int begin = 0; begin < count; begin += kInFlight) {
+      RowPart parts[kInFlight];
+      int64_t at =
+          (int64_t{unit.prior_row + row.qo_idx} * count + begin) * a.num_qo_heads + row.head;
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int n = min(begin + i * kWarpSize + lane, count - 1);
-        merged[i] = load(n / kAccesses, n % kAccesses * kValuesPerAccess);
+      for (int i = 0; i < kInFlight; ++i, at += a.num_qo_heads) {
+        parts[i] = empty_part();
+        if (begin + i >= count) continue;
+        const float* values = a.prior.out + at * Traits::kVo + column;
+        parts[i] = {__ldcg(a.prior.lse + at), 1.f, __ldcg(reinterpret_cast<const float4*>(values))};
       }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int n = begin + i * kWarpSize + lane;
-        if (n >= count) break;
-        const int row = n / kAccesses;
-        float* to =
-            scratch_values(0) + scratch_offset<Traits>(row, n % kAccesses * kValuesPerAccess);
-        const RowPart own[1] = {{states[row].max, states[row].sum, *reinterpret_cast<float4*>(to)}};
-        merge_parts(merged[i], own);
-        *reinterpret_cast<float4*>(to) = merged[i].values;
-      }
+      merge_parts(merged, parts);
     }
-    __syncwarp();
-    if (lane >= num_rows) return;
-    RowPart merged = load(lane, 0);
-    const RowPart own[1] = {{states[lane].max, states[lane].sum, {}}};
-    merge_parts(merged, own);
-    states[lane] = {merged.max, merged.sum};
+    return merged;
   }
 
   __device__ __forceinline__ void write_output(const WorkPiece& piece, const LogitRow& logit_row,
@@ -321,15 +300,17 @@ __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* sh
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
   const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
-    init_slots(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys), kStageArrivals,
-               Traits::kComputeWarps);
+    init_slots(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys),
+               kStageArrivals<Traits>, Traits::kComputeWarps);
   } else if (threadIdx.x == 2 * kWarpSize) {
-    init_slots(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues), kStageArrivals,
-               Traits::kComputeWarps);
+    init_slots(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues),
+               kStageArrivals<Traits>, Traits::kComputeWarps);
   } else if (threadIdx.x == kWarpSize) {
     init_slots(shared.unit_barriers, Traits::kUnitSlots, kUnitArrivals, Traits::kComputeWarps);
   }
-  ptx::grid_dependency_wait();
+  // The kernel for what groups share starts this one when those before it have ended: only its
+  // states have to be waited for.
+  if (p.attention.prior.out == nullptr) ptx::grid_dependency_wait();
   if (threadIdx.x < Traits::kComputeThreads) {
     __syncthreads();  // the other warp begins with loads
     FewRowsCompute<Traits>(p, shared, rings).run();

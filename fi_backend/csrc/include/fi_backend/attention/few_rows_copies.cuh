@@ -17,7 +17,8 @@
 namespace fi {
 
 // Arrivals that fill a slot: the lanes' copies, and for a unit also what lane 0 writes.
-inline constexpr int kStageArrivals = kWarpSize;
+template <class Traits>
+inline constexpr int kStageArrivals = Traits::kRingWarps * kWarpSize;
 inline constexpr int kUnitArrivals = kWarpSize + 1;
 
 template <class Traits>
@@ -25,7 +26,8 @@ class FewRowsCopies {
   using Shared = FewRowsShared<Traits>;
   using Q = typename Traits::Q;
   using Kv = typename Traits::Kv;
-  static constexpr int kGroups = Traits::kStageTokens / kWarpSize;  // of a token for each lane
+  // Of a token for each lane, of those of a stage that a warp copies.
+  static constexpr int kGroups = Traits::kCopiedTokens / kWarpSize;
 
  public:
   // `rings`: shared address of the first stage of K.
@@ -35,7 +37,7 @@ class FewRowsCopies {
   // Thread block `block` of the num_blocks that share the workers.
   __device__ __forceinline__ void run(int32_t block, int32_t num_blocks) {
     constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
-    if (copies_keys() && lane() < kGeometryInts) {
+    if (copies_units() && lane() < kGeometryInts) {
       reinterpret_cast<int32_t*>(&shared_.geometry)[lane()] =
           reinterpret_cast<const int32_t*>(p_.geometry)[lane()];
     }
@@ -54,7 +56,9 @@ class FewRowsCopies {
       if (worker >= p_.num_workers) break;
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     }
-    if (copies_keys()) publish_end();
+    if (copies_units()) publish_end();
+    // Whatever comes next takes the kernel before for ended when this one has.
+    ptx::grid_dependency_wait();
     // Not before: thread blocks of the next kernel would take the places of those that have nothing
     // to do, and so share fewer SMs among them.
     ptx::grid_dependency_launch();
@@ -75,14 +79,20 @@ class FewRowsCopies {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kWarpSize; }
 
-  // The share of this warp. That of K comes with the units.
+  // The share of this warp: first those that fill the ring of K, the first of which hands over the
+  // units, then those that fill that of V.
   __device__ __forceinline__ static int copy_warp() {
     if constexpr (Traits::kCopyWarps == 1) return 0;
-    return (fresh_thread() - Traits::kComputeThreads) / kWarpSize;
+    return int((uint32_t(fresh_thread()) - Traits::kComputeThreads) / kWarpSize);
   }
-  __device__ __forceinline__ static bool copies_keys() { return copy_warp() == 0; }
+  __device__ __forceinline__ static bool copies_units() { return copy_warp() == 0; }
+  __device__ __forceinline__ static bool copies_keys() { return copy_warp() < Traits::kRingWarps; }
   __device__ __forceinline__ static bool copies_values() {
-    return copy_warp() == Traits::kCopyWarps - 1;
+    return copy_warp() >= Traits::kCopyWarps - Traits::kRingWarps;
+  }
+  // Of a stage, the first token that this warp copies.
+  __device__ __forceinline__ static int first_token() {
+    return copy_warp() % Traits::kRingWarps * Traits::kCopiedTokens;
   }
 
   __device__ __forceinline__ PageRow pages_of(const WorkPiece& piece) const {
@@ -97,7 +107,7 @@ class FewRowsCopies {
     const int32_t end = units.tokens().end;
     const PageRow pages = pages_of(units.piece());
     load_page_ids(pages, begin, end);
-    if (copies_keys()) copy_queries(g, units);
+    if (copies_units()) copy_queries(g, units);
     const int head = units.piece().kv_head;
     int32_t token = begin;
     do {
@@ -107,7 +117,7 @@ class FewRowsCopies {
         copy_stage<typename Traits::KRows>(keys_, kKeys, a_.k_cache, a_.k_strides, head, places,
                                            end - token);
       }
-      if (copies_keys() && token == begin) publish(units);
+      if (copies_units() && token == begin) publish(units);
       if (copies_values() && token < end) {
         copy_stage<typename Traits::VRows>(values_, kValues, a_.v_cache, a_.v_strides, head, places,
                                            end - token);
@@ -124,7 +134,7 @@ class FewRowsCopies {
   __device__ __forceinline__ void load_page_ids(const PageRow& pages, int32_t token, int32_t end) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int32_t mine = token + g * kWarpSize + lane();
+      const int32_t mine = token + first_token() + g * kWarpSize + lane();
       if (mine >= end) continue;
       const int32_t page = p_.page_size(mine);
       places_.offset[g] = mine - page * a_.pages.page_size;
@@ -150,7 +160,7 @@ class FewRowsCopies {
   // Hand a unit to the other warps.
   __device__ __forceinline__ void publish(const WorkUnits& units) {
     if (lane() == 0) {
-      units.describe(p_.partials, a_.prior.first_rows, shared_.units[unit_.slot]);
+      units.describe(p_.partials, a_.prior, shared_.units[unit_.slot]);
       ptx::mbarrier_arrive(unit_full());
     }
     unit_.advance(Traits::kUnitSlots);
@@ -183,7 +193,7 @@ class FewRowsCopies {
     place.advance(ring_slots(p_.num_stages, side));
   }
 
-  // Copy `count` or all tokens of a stage.
+  // Copy this warp's share of `count` or all tokens of a stage, which may be none.
   template <class Rows>
   __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const void* cache,
                                              const KvStrides& strides, int head,
@@ -195,11 +205,12 @@ class FewRowsCopies {
       rows[g] = reinterpret_cast<uint64_t>(base + places.page_id[g] * strides.page +
                                            places.offset[g] * strides.token);
     }
-    if (count < Traits::kStageTokens) repeat_last_row(rows, count - 1);
+    count = min(count - first_token(), Traits::kCopiedTokens);
+    if (count < Traits::kCopiedTokens) repeat_last_row(rows, max(count, 1) - 1);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) set_row(g * kWarpSize + lane(), rows[g]);
     constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
-    copy_rows<Rows, kBlock>(begin_stage(place, side), min(count, Traits::kStageTokens));
+    copy_rows<Rows, kBlock>(begin_stage(place, side) + first_token() * Rows::kRowBytes, count);
     end_stage(place, side, [](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
   }
 

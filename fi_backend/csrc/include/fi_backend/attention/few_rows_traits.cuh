@@ -16,6 +16,12 @@ inline constexpr int kTokenWarps = 4;   // that tiles are dealt to
 inline constexpr int kRowBlock = 8;     // columns of an mma: packed query rows
 inline constexpr int kMaxRowGroups = 3;
 
+inline constexpr int kFewRowsMinStages = 3;
+inline constexpr int kFewRowsMaxStages = 10;
+// What one block an SM has on its way from memory, where all SMs read: with 160 KB they read slower
+// by 5 %.
+inline constexpr int kBytesInFlight = 96 * 1024;
+
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A unit has up to kUnitBlocks
 // blocks of rows: with one of them, more CTAs fit an SM and hide each other's latencies.
 template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kUnitBlocks,
@@ -42,9 +48,10 @@ struct FewRowsTraits {
   static constexpr int kBlocksPerWarp = kUnitBlocks / kRowGroups;
   static constexpr int kComputeWarps = kTokenWarps * kRowGroups;
   static constexpr int kComputeThreads = kComputeWarps * kWarpSize;
-  // One block an SM needs a warp for copies of K and one for V; where there are more blocks, one
-  // does both.
-  static constexpr int kCopyWarps = kRowGroups > 1 ? 2 : 1;
+  // One block an SM needs two warps to fill each ring: one takes longer over the addresses of a
+  // stage than memory takes to deliver it. Where there are more blocks, one fills both.
+  static constexpr int kRingWarps = kRowGroups > 1 ? 2 : 1;
+  static constexpr int kCopyWarps = kRowGroups > 1 ? 2 * kRingWarps : 1;
   static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
   static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
 
@@ -60,6 +67,12 @@ struct FewRowsTraits {
   static constexpr int kStageTokens = kTilesPerWarp * kTokenWarps * kTileTokens;
   static constexpr int kStageBytes = 2 * kTokenWarps * kTileTokens * (kQk > kVo ? kQk : kVo);
   static_assert(kStageBytes >= kTokenWarps * kRowBlock * kVo * int(sizeof(float)));
+  static constexpr int kCopiedTokens = kStageTokens / kRingWarps;  // of a stage, by each warp
+  // Of both rings; at least three each, one of which may be where warps bring rows together.
+  static constexpr int kWantedStages =
+      kStageBytes * 6 > kBytesInFlight ? 6 : kBytesInFlight / kStageBytes;
+  static constexpr int kMaxStages =
+      kRowGroups == 1 || kWantedStages > kFewRowsMaxStages ? kFewRowsMaxStages : kWantedStages;
   // Units that are known, and their queries copied, before they are computed.
   static constexpr int kUnitSlots = kUnitBlocks == 1 ? 4 : 2;
 };
@@ -78,9 +91,6 @@ struct SoftmaxState {
   float max;  // reference of the weights, base 2; -inf before the first key
   float sum;
 };
-
-inline constexpr int kFewRowsMinStages = 3;
-inline constexpr int kFewRowsMaxStages = 10;
 
 // Barriers of a slot that is filled and emptied in turn.
 struct SlotBarriers {
@@ -102,7 +112,7 @@ struct alignas(128) FewRowsShared {
   FewRowsUnit units[Traits::kUnitSlots];
   LogitRow rows[2][Traits::kUnitRows];          // of a unit and the next, in turn
   SoftmaxState states[kTokenWarps][kRowBlock];  // of a block
-  uint64_t copied_rows[Traits::kCopyWarps][Traits::kStageTokens];  // addresses
+  uint64_t copied_rows[Traits::kCopyWarps][Traits::kCopiedTokens];  // addresses
   SlotBarriers unit_barriers[Traits::kUnitSlots];
   SlotBarriers stage_barriers[2][ring_slots(kFewRowsMaxStages, kKeys)];
   WorkGeometry geometry;
@@ -146,7 +156,7 @@ constexpr FewRowsShape few_rows_shape(int sm_bytes, int reserved_bytes_per_cta) 
   for (int ctas = Traits::kCtasPerSm; ctas > 0; --ctas) {
     shape.ctas_per_sm = ctas;
     const int stages = (sm_bytes / ctas - reserved_bytes_per_cta - kFixed) / Traits::kStageBytes;
-    shape.num_stages = stages > kFewRowsMaxStages ? kFewRowsMaxStages : stages;
+    shape.num_stages = stages > Traits::kMaxStages ? Traits::kMaxStages : stages;
     shape.shared_bytes = kFixed + shape.num_stages * Traits::kStageBytes;
     if (shape.num_stages >= kFewRowsMinStages) break;
   }

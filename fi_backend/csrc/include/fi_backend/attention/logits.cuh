@@ -115,7 +115,7 @@ __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const 
                                                 const LogitRow& row, float max, float sum) {
   const float v_scale = p.v_scale != nullptr ? p.v_scale[piece.kv_head] : p.v_scale_value;
   if constexpr (!Variant::kUsesSoftmax) return {v_scale, minus_infinity()};
-  if (sum == 0.f) return {0.f, minus_infinity()};
+  const bool is_empty = sum == 0.f;
   const float origin = row.slope * static_cast<float>(piece.kv_len - piece.qo_len);
   float scale = 1.f;
   if (p.sinks != nullptr) {
@@ -125,7 +125,9 @@ __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const 
     sum = sum * scale + exp2f(sink - top);
     max = top;
   }
-  return {scale / sum * v_scale, max + log2f(sum) + origin};
+  // Neither branches nor calls: rows are finished side by side.
+  return {is_empty ? 0.f : __fdividef(scale, sum) * v_scale,
+          is_empty ? minus_infinity() : max + log2f(sum) + origin};
 }
 
 }  // namespace fi

@@ -44,7 +44,7 @@ class ManyRowsWorker {
  private:
   // One thread finds items for all, ahead of time: that takes several dependent loads.
   __device__ __forceinline__ void find_item(ManyRowsItem& item) {
-    item.exists = memory_.walk.next(p_, g_, item.piece, item.holders);
+    item.exists = memory_.walk.next(p_, g_, memory_.group_size, item.piece, item.holders);
     item.group_size = memory_.group_size;
     if (item.exists) describe_item<typename Traits::Variant>(p_, g_, item);
   }
@@ -57,8 +57,14 @@ class ManyRowsWorker {
     return memory_.rows[fresh_thread() / 32];
   }
 
-  __device__ __forceinline__ static bool has_tile(const WorkPiece& piece, int n) {
-    return piece.tokens.begin + n * kTokens < piece.tokens.end;
+  // The first token of tile n. Where pieces are never cut, tiles begin at multiples of their size,
+  // or those of a windowed row would lie where the rows beside it want them.
+  __device__ __forceinline__ int tile_begin(const WorkPiece& piece, int n) const {
+    const int first = g_.split < 0 ? piece.tokens.begin & -kTokens : piece.tokens.begin;
+    return first + n * kTokens;
+  }
+  __device__ __forceinline__ bool has_tile(const WorkPiece& piece, int n) const {
+    return tile_begin(piece, n) < piece.tokens.end;
   }
 
   using Group = typename Memory::Group;
@@ -73,21 +79,20 @@ class ManyRowsWorker {
     return fresh_thread() % Traits::kGroupThreads;
   }
   // The token of tile n that this thread looks up for its group. Threads past kTokens look up none.
-  __device__ __forceinline__ static int thread_token(const WorkPiece& piece, int n) {
-    return piece.tokens.begin + n * kTokens + thread_in_group();
+  __device__ __forceinline__ int thread_token(const WorkPiece& piece, int n) const {
+    return tile_begin(piece, n) + thread_in_group();
   }
   __device__ __forceinline__ void copy_pages(const WorkPiece& piece, int n) {
     const int i = thread_in_group();
     if (i >= kTokens) return;
-    copy_page_id(p_.pages, piece.request, thread_token(piece, n), piece.tokens.end,
-                 &group().pages[i]);
+    copy_page_id(p_.pages, piece.request, thread_token(piece, n), piece.tokens, &group().pages[i]);
   }
   // The page must have arrived.
   __device__ __forceinline__ void set_offsets(const WorkPiece& piece, int n) {
     const int i = thread_in_group();
     if (i >= kTokens) return;
     group().offsets[n % kTileStages][i] =
-        row_offsets(p_, group().pages[i], thread_token(piece, n), piece.tokens.end);
+        row_offsets(p_, group().pages[i], thread_token(piece, n), piece.tokens);
   }
 
   __device__ __forceinline__ void copy_tiles(const WorkPiece& piece, int n) {
@@ -135,7 +140,7 @@ class ManyRowsWorker {
       }
       if (has_tile(piece, n + 1)) copy_tiles(piece, n + 1);
       if constexpr (Traits::kIsFp8Cache) sync_group();
-      const int begin = piece.tokens.begin + n * kTokens;
+      const int begin = tile_begin(piece, n);
       const RowsRange& range = memory_.ranges[fresh_thread() / 32];
       if (begin < range.some.end && begin + kTokens > range.some.begin) {
         const uint8_t* k = Traits::kIsFp8Cache ? group().k_wide : group().k[stage];
@@ -143,9 +148,9 @@ class ManyRowsWorker {
         multiply_keys<Traits>(ptx::shared_address(warp_rows()), ptx::shared_address(k), s);
         make_scores<Traits>(p_, g_, item, range.all, first_row(), begin, s);
         const float scale = item.is_scale_only ? item.scale : 1.f;
-        move_maxima<Traits>(s, scale, rows_, [&](int m, int h, float factor) {
-          scale_output<Traits>(rows_.o, m, h, factor);
-        });
+        move_maxima<Traits>(
+            s, scale, rows_, [](int, int) { return true; },
+            [&](int m, int h, float factor) { scale_output<Traits>(rows_.o, m, h, factor); });
         add_weights<Traits>(s, scale, rows_);
         const uint8_t* v = Traits::kIsFp8Cache ? group().v_wide : group().v[stage];
         add_values<Traits>(s, ptx::shared_address(v), rows_.o);
@@ -159,7 +164,7 @@ class ManyRowsWorker {
     __syncwarp();
     rows_.sums.add_lanes();
     const WorkPiece& piece = item.piece;
-    if (piece.whole()) {
+    if (kKeepsParts<typename Traits::Variant> || piece.whole()) {
       write_output<Traits>(p_, g_, item, first_row(), rows_);
       return;
     }

@@ -62,8 +62,8 @@ struct ManyRowsKernels {
   static cudaError_t run(const AttentionParams& params, const ManyRowsLaunch& l,
                          cudaStream_t stream) {
     if (l.num_reqs == 0) return cudaSuccess;
-    if constexpr (kHasSm90Kernel<Q, Kv, kHeadDimQk, kHeadDimVo>) {
-      using Sm90 = ManyRowsSm90Kernel<Sm90Traits<Q, Out, kHeadDimQk, kHeadDimVo, Variant>>;
+    if constexpr (has_sm90_head_dims(kHeadDimQk, kHeadDimVo, sizeof(Kv))) {
+      using Sm90 = ManyRowsSm90Kernel<Sm90Traits<Q, Out, kHeadDimQk, kHeadDimVo, Variant, Kv>>;
       int num_sms = 0;
       const cudaError_t error = Sm90::prepare(num_sms);
       if (error != cudaSuccess) return error;

@@ -46,9 +46,10 @@ __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const Wor
 template <class Variant>
 __device__ __forceinline__ void describe_item(const AttentionParams& p, const WorkGeometry& g,
                                               ManyRowsItem& item) {
-  const QuotRem first = divide_index(int64_t{item.piece.q_tile} * g.tile_rows, g.group_size);
-  item.first_token = static_cast<int32_t>(first.quot);
-  item.first_head = static_cast<int32_t>(first.rem);
+  // More rows than 32 bits count would not fit any memory.
+  const uint32_t first_row = uint32_t(item.piece.q_tile) * g.tile_rows;
+  item.first_token = static_cast<int32_t>(item.group_size(first_row));
+  item.first_head = static_cast<int32_t>(first_row) - item.first_token * g.group_size;
   item.scale = tile_row(p, g, item, 0).scale;
   if (p.soft_cap == 0.f) item.scale *= logit_unit<Variant>() / kLog2e;
   // A positive factor can wait until after the maximum is taken.
@@ -94,10 +95,10 @@ __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Wor
   }
 }
 
-// Start reading the id of the page that holds a token of a request, if it is before the end.
+// Start reading the id of the page that holds a token of a request, if it is one of the piece's.
 __device__ __forceinline__ void copy_page_id(const PageTable& table, int32_t request, int32_t token,
-                                             int32_t end, int32_t* to) {
-  if (token >= end) return;
+                                             const KvRange& tokens, int32_t* to) {
+  if (token < tokens.begin || token >= tokens.end) return;
   const int32_t page = static_cast<uint32_t>(token) / static_cast<uint32_t>(table.page_size);
   const int32_t* pages = table.pages_of(request);
   if (pages != nullptr) {
@@ -108,14 +109,14 @@ __device__ __forceinline__ void copy_page_id(const PageTable& table, int32_t req
 }
 
 __device__ __forceinline__ RowOffsets row_offsets(const AttentionParams& p, int32_t page,
-                                                  int32_t token, int32_t end) {
-  if (token >= end) return {-1, -1};
+                                                  int32_t token, const KvRange& tokens) {
+  if (token < tokens.begin || token >= tokens.end) return {-1, -1};
   const int32_t in_page = static_cast<uint32_t>(token) % static_cast<uint32_t>(p.pages.page_size);
   return {page * p.k_strides.page + in_page * p.k_strides.token,
           page * p.v_strides.page + in_page * p.v_strides.token};
 }
 
-// Start copying a tile of K (kIsKey) or V; tokens past the end become zeros, so that nothing
+// Start copying a tile of K (kIsKey) or V; tokens of no piece become zeros, so that nothing
 // unread, which may be NaN, is multiplied by a weight of 0.
 template <class Traits, bool kIsKey>
 __device__ __forceinline__ void copy_tile(const void* head_rows, const RowOffsets* offsets,

@@ -1,6 +1,7 @@
 // The end of a piece: write a whole item's output, or a part's state, and merge an item's parts.
 #pragma once
 
+#include <fi_backend/attention/kept_parts.cuh>
 #include <fi_backend/attention/many_rows_loads.cuh>
 #include <fi_backend/attention/many_rows_softmax.cuh>
 
@@ -11,15 +12,18 @@ __device__ __forceinline__ typename Traits::Out* output_row(const AttentionParam
                                                             const ManyRowsItem& item,
                                                             const LogitRow& row) {
   return static_cast<typename Traits::Out*>(p.out) +
-         (int64_t{item.piece.qo_begin} + row.qo_idx) * p.out_row_stride +
+         output_index<typename Traits::Variant>(p, item, row) * p.out_row_stride +
          row.head * p.out_head_stride;
 }
 
+template <class Traits>
 __device__ __forceinline__ void write_lse(const AttentionParams& p, const ManyRowsItem& item,
                                           const LogitRow& row, float lse) {
   if (p.lse == nullptr) return;
-  p.lse[(int64_t{item.piece.qo_begin} + row.qo_idx) * p.lse_row_stride +
-        row.head * p.lse_head_stride] = lse;
+  float* to = p.lse + output_index<typename Traits::Variant>(p, item, row) * p.lse_row_stride +
+              row.head * p.lse_head_stride;
+  *to = lse;
+  clear_missing_parts<typename Traits::Variant>(p, item, to);
 }
 
 // Two neighbouring values of a row of the output.
@@ -62,19 +66,34 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Wor
                                              const RowStates<Traits>& rows) {
   using Variant = typename Traits::Variant;
   const PieceVariant<Variant> variant(p, item.piece);
+  // What takes several dependent loads is found for some rows at once, where registers allow it.
+  constexpr int kAtOnce = Traits::kRowBlocks == 1 ? 2 : 1;
   const int lane = fresh_thread() % 32;
 #pragma unroll
-  for (int m = 0; m < Traits::kRowBlocks; ++m) {
+  for (int first = 0; first < 2 * Traits::kRowBlocks; first += kAtOnce) {
+    LogitRow row[kAtOnce];
+    float factor[kAtOnce];
+    typename Traits::Out* to[kAtOnce];
+    const auto finish = [&](int i) {
+      const int m = (first + i) / 2, h = (first + i) % 2;
+      return finish_row<Variant>(p, item.piece, row[i], rows.sums.max[m][h], rows.sums.sum[m][h]);
+    };
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = first_row + 16 * m + 8 * h + lane / 4;
-      const bool exists = i < item.piece.num_rows;
-      const LogitRow row = tile_row(p, g, item, min(i, item.piece.num_rows - 1));
-      const RowResult result =
-          finish_row<Variant>(p, item.piece, row, rows.sums.max[m][h], rows.sums.sum[m][h]);
-      if (exists && lane % 4 == 0) write_lse(p, item, row, result.lse);
-      const variants::Row at = variant.row(row.qo_idx, row.head);
-      typename Traits::Out* to = output_row<Traits>(p, item, row);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int in_tile = first_row + 8 * (first + i) + lane / 4;
+      row[i] = tile_row(p, g, item, min(in_tile, item.piece.num_rows - 1));
+      factor[i] = finish(i).factor;
+      to[i] = output_row<Traits>(p, item, row[i]);
+      // Else every store's address is computed anew.
+      if constexpr (kAtOnce > 1) asm volatile("" : "+l"(to[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int m = (first + i) / 2, h = (first + i) % 2;
+      const bool exists = first_row + 8 * (first + i) + lane / 4 < item.piece.num_rows;
+      if (p.lse != nullptr && exists && lane % 4 == 0)
+        write_lse<Traits>(p, item, row[i], finish(i).lse);
+      const variants::Row at = variant.row(row[i].qo_idx, row[i].head);
 #pragma unroll
       for (int j = 0; j < Traits::kVo / 8; j += 2) {
         float x[2][2];
@@ -82,9 +101,9 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Wor
         for (int n = 0; n < 4; ++n) {
           const int dim = 8 * (j + n / 2) + lane % 4 * 2 + n % 2;
           x[n / 2][n % 2] =
-              variant.output(rows.o[m][j + n / 2][2 * h + n % 2] * result.factor, at, dim);
+              variant.output(rows.o[m][j + n / 2][2 * h + n % 2] * factor[i], at, dim);
         }
-        store_blocks(to + 8 * j, x[0], x[1], exists);
+        store_blocks(to[i] + 8 * j, x[0], x[1], exists);
       }
     }
   }
@@ -204,7 +223,7 @@ __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Work
       if (n >= count) break;
       const LogitRow row = tile_row(p, g, item, n / kVecs);
       const RowResult result = finish_row<Variant>(p, item.piece, row, state[i].x, state[i].y);
-      if (n % kVecs == 0) write_lse(p, item, row, result.lse);
+      if (n % kVecs == 0) write_lse<Traits>(p, item, row, result.lse);
       const variants::Row at = variant.row(row.qo_idx, row.head);
       const int dim = n % kVecs * 4;
       const float values[4] = {o[i].x, o[i].y, o[i].z, o[i].w};

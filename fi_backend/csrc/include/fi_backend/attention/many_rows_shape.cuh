@@ -15,11 +15,6 @@ inline constexpr int kManyRowsWarps = 8;
 inline constexpr int kManyRowsThreads = kManyRowsWarps * 32;
 inline constexpr int kTileStages = 2;  // one tile is computed on while the next one arrives
 
-// True where many_rows_sm90.cuh takes the place of this kernel on sm_90a. fp8 caches have yet to be
-// widened there.
-template <class Q, class Kv, int kQk, int kVo>
-inline constexpr bool kHasSm90Kernel = kIsSame<Q, Kv> && has_sm90_head_dims(kQk, kVo);
-
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A CTA works on kTileRows
 // query rows, each warp on its own share of them, and on kTokens tokens at a time.
 //
@@ -44,7 +39,8 @@ struct ManyRowsTraits {
   static constexpr int kRowBlocks = kWarpRows / 16;  // an mma has 16 rows
   static constexpr bool kIsFp8Cache = kIsFp8<Kv>;
   static constexpr bool kTilesBeginEarly = false;  // before the piece that they are of
-  static constexpr bool kHasSm90 = kHasSm90Kernel<Q, Kv, kQk, kVo>;
+  // many_rows_sm90.cuh takes the place of this kernel on sm_90a.
+  static constexpr bool kHasSm90 = has_sm90_head_dims(kQk, kVo, sizeof(Kv));
   static_assert(kWarpRows % 16 == 0 && kTokens % 16 == 0, "a warp computes in blocks of 16");
   static_assert(kQk % 16 == 0 && kVo % 16 == 0, "head dims must be multiples of 16");
   static_assert(kIsSame<Q, Kv> || kIsFp8Cache, "the cache has q's type or fp8");

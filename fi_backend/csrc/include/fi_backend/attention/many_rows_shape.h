@@ -6,20 +6,22 @@
 namespace fi {
 
 // Packed rows per query tile where many_rows_sm90.cuh computes the many-row line: as many as a
-// block of it has in work. Small heads leave the registers for a third group of warps.
-constexpr int sm90_tile_rows(int head_dim_qk, int head_dim_vo) {
-  return head_dim_qk <= 64 && head_dim_vo <= 64 ? 192 : 128;
+// block of it has in work. Small heads leave the registers for a third group of warps, but for
+// those that widen a cache whose elements have one byte.
+constexpr int sm90_tile_rows(int head_dim_qk, int head_dim_vo, int kv_bytes) {
+  return head_dim_qk <= 64 && head_dim_vo <= 64 && kv_bytes > 1 ? 192 : 128;
 }
 
-// Head sizes that it is made for.
-constexpr bool has_sm90_head_dims(int qk, int vo) {
-  return vo <= qk && (qk == 64 || qk == 96 || qk == 128 || qk == 192 || qk == 256) &&
+// Head sizes that it is made for. Beside warps that widen fp8, wide ones leave too few registers.
+constexpr bool has_sm90_head_dims(int qk, int vo, int kv_bytes) {
+  return vo <= qk && (qk <= 128 || kv_bytes > 1) &&
+         (qk == 64 || qk == 96 || qk == 128 || qk == 192 || qk == 256) &&
          (vo == 64 || vo == 96 || vo == 128 || vo == 192 || vo == 256);
 }
 
 // Head sizes that the kernel for both lines (mixed_rows.cuh) is made for: wider ones spill there.
 constexpr bool has_mixed_rows_dims(int qk, int vo) {
-  return qk == vo && qk <= 192 && has_sm90_head_dims(qk, vo);
+  return qk == vo && qk <= 192 && has_sm90_head_dims(qk, vo, 2);
 }
 
 // A worker holds parts of two items at most: one it takes over at the head of its share of the line

@@ -1,12 +1,13 @@
 // Attention of requests with many query rows, on the asynchronous tensor cores of sm_90a.
 //
 // A CTA per SM walks the units of its workers of the plan. See many_rows_sm90_shape.cuh for who
-// does what, many_rows_sm90_loads.cuh for the warpgroup that loads and many_rows_sm90_compute.cuh
-// for those that compute.
+// does what, many_rows_sm90_loads.cuh for the warpgroup that loads, many_rows_sm90_widen.cuh
+// for the one that widens fp8, and many_rows_sm90_compute.cuh for those that compute.
 #pragma once
 
 #include <fi_backend/attention/many_rows_sm90_compute.cuh>
 #include <fi_backend/attention/many_rows_sm90_loads.cuh>
+#include <fi_backend/attention/many_rows_sm90_widen.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/ptx/load_global.cuh>
 #include <fi_backend/ptx/setmaxnreg.cuh>
@@ -24,11 +25,17 @@ __device__ __forceinline__ void init_barriers(const ManyRowsSm90Params& params,
   init(&memory.unit_wanted, 1, 1);
   init(memory.unit_found, Traits::kUnits, 1);
   init(memory.unit_full, Traits::kUnits, Sm90Loader<Traits>::unit_arrivals(params));
-  init(memory.unit_empty, Traits::kUnits, kComputeWarps + kGroupThreads / kWarpSize);
-  init(memory.k_full, Traits::kStages, tile_arrivals);
-  init(memory.v_full, Traits::kStages, tile_arrivals);
+  init(memory.unit_empty, Traits::kUnits, Traits::kThreads / kWarpSize);
+  init(memory.loaded_k().full, Traits::kLoadedStages, tile_arrivals);
+  init(memory.loaded_v().full, Traits::kLoadedStages, tile_arrivals);
   init(memory.k_empty, Traits::kStages, kComputeWarps);
   init(memory.v_empty, Traits::kStages, kComputeWarps);
+  if constexpr (Traits::kIsFp8Cache) {
+    constexpr int kWideningWarps = kGroupThreads / kWarpSize;
+    init(memory.k_full, Traits::kStages, kWideningWarps);
+    init(memory.v_full, Traits::kStages, kWideningWarps);
+    init(memory.narrow_empty[0], 2 * Traits::kLoadedStages, kWideningWarps);
+  }
   ptx::mbarrier_init_fence();
 }
 
@@ -64,7 +71,7 @@ template <class Traits>
 __device__ __forceinline__ void run_many_rows(const ManyRowsSm90Params& params,
                                               Sm90Memory<Traits>& memory, int32_t first_worker,
                                               uint32_t num_dealt) {
-  if (threadIdx.x >= Traits::kComputeThreads) {
+  if (threadIdx.x / kGroupThreads == Traits::kGroups) {
     load_plan<Traits>(params, memory, first_worker, num_dealt);
   } else if (threadIdx.x == 0) {
     init_barriers<Traits>(params, memory);
@@ -77,6 +84,13 @@ __device__ __forceinline__ void run_many_rows(const ManyRowsSm90Params& params,
   if (memory.plan_header[kHasWorkInt + kManyRows] == kNoWork) return;
   // The same in all lanes, which the compiler cannot see by itself.
   const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
+  if constexpr (Traits::kIsFp8Cache) {
+    if (group > Traits::kGroups) {
+      ptx::release_registers<Traits::kLoadRegisters>();
+      Sm90Widener<Traits>(memory).run();
+      return;
+    }
+  }
   if (group == Traits::kGroups) {
     ptx::release_registers<Traits::kLoadRegisters>();
     Sm90Loader<Traits>(params, memory).run();
@@ -96,6 +110,8 @@ template <class Traits>
 __global__ void __launch_bounds__(kSm90LaunchBound<Traits>, 1)
     many_rows_sm90_kernel(const __grid_constant__ ManyRowsSm90Params params) {
   ptx::grid_dependency_wait();
+  // What reads the parts waits for them where it needs them, and works on other keys before that.
+  if constexpr (kKeepsParts<typename Traits::Variant>) ptx::grid_dependency_launch();
 #if FI_HAS_WGMMA
   extern __shared__ __align__(1024) uint8_t sm90_shared_memory[];
   auto& memory = *reinterpret_cast<Sm90Memory<Traits>*>(sm90_shared_memory);

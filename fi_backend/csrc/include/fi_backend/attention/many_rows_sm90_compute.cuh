@@ -38,6 +38,7 @@ class Sm90Computer {
     if (group_ == Traits::kGroups - 1) give_turn();  // group 0 begins
     for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_full[place.index()]), place.parity());
+      ptx::fence_async_proxy();  // of the query rows, which threads have copied
       const Sm90Unit& unit = memory_.units[place.index()];
       if (!unit.exists) return;
       rows_.clear();
@@ -80,6 +81,7 @@ class Sm90Computer {
   __device__ __forceinline__ void wait_for_tile(const uint64_t& full,
                                                 const FixedRingPlace<Traits::kStages>& tile) const {
     ptx::mbarrier_wait(address(full), tile.parity());
+    if (!params_.has_maps()) ptx::fence_async_proxy();  // threads have copied it
   }
 
   // Issue S = Q K^T.
@@ -111,8 +113,8 @@ class Sm90Computer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int t = 0; t < kTokens / 16; ++t) {
-      ptx::wgmma_registers<Q, Traits::kVo>(&rows_.o[0][0][0], weights[t],
-                                           v.at(t * (16 / kBlockRows) * Blocks::kNextRows));
+      ptx::wgmma_registers<typename Traits::Weight, Traits::kVo>(
+          &rows_.o[0][0][0], weights[t], v.at(t * (16 / kBlockRows) * Blocks::kNextRows));
     }
     ptx::wgmma_commit();
   }
@@ -155,9 +157,10 @@ class Sm90Computer {
     pack_weights<Traits>(s, scale, rows_.sums, weights, sums, wait);
     if constexpr (!Traits::Variant::kUsesSoftmax) return;
     if (__any_sync(kFullWarp, fmaxf(sums[0], sums[1]) > kLargest)) {
-      move_maxima<Traits>(s, scale, rows_, [&](int m, int h, float factor) {
-        scale_output<Traits>(rows_.o, m, h, factor);
-      });
+      const bool is_large[2] = {max_over_row(sums[0]) > kLargest, max_over_row(sums[1]) > kLargest};
+      move_maxima<Traits>(
+          s, scale, rows_, [&](int, int h) { return is_large[h]; },
+          [&](int m, int h, float factor) { scale_output<Traits>(rows_.o, m, h, factor); });
       pack_weights<Traits>(s, scale, rows_.sums, weights, sums, [] {});
     }
 #pragma unroll
@@ -183,7 +186,8 @@ class Sm90Computer {
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
     release(memory_.k_empty[stage]);
     if constexpr (!kIsFree) {
-      make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
+      make_scores<Traits>(p_, memory_.geometry(), unit.item, unit.unmasked[group_], first_row(unit),
+                          token, s);
       scale = score_scale(unit);  // anew: masks leave no register to keep it in
     }
     make_weights(s, scale, weights, [&] {
@@ -203,9 +207,12 @@ class Sm90Computer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_finished<kTokens / 2>(&s[0][0][0]);
     release(memory_.k_empty[stage]);
-    make_scores<Traits>(p_, g_, unit.item, unit.unmasked[group_], first_row(unit), token, s);
+    make_scores<Traits>(p_, memory_.geometry(), unit.item, unit.unmasked[group_], first_row(unit),
+                        token, s);
     const float scale = score_scale(unit);
-    move_maxima<Traits>(s, scale, rows_, [](int, int, float) {});  // there is no output yet
+    move_maxima<Traits>(
+        s, scale, rows_, [](int, int) { return true; },
+        [](int, int, float) {});  // there is no output yet
     pack_weights<Traits>(s, scale, rows_.sums, weights, rows_.sums.sum[0], [] {});
     clear_past_end(unit, token);
     ++tile_.n;
@@ -247,8 +254,8 @@ class Sm90Computer {
     const WorkPiece& piece = unit.item.piece;
     const int first = first_row(unit);
     rows_.sums.add_lanes();
-    if (piece.whole()) {
-      write_output<Traits>(p_, g_, unit.item, first, rows_);
+    if (kKeepsParts<typename Traits::Variant> || piece.whole()) {
+      write_output<Traits>(p_, memory_.geometry(), unit.item, first, rows_);
       return;
     }
     const ItemHolders& holders = unit.item.holders;

@@ -40,7 +40,7 @@ cudaError_t prepare_sm90_kernel(int& num_sms) {
 
 template <class Traits>
 struct ManyRowsSm90Kernel {
-  using Q = typename Traits::Q;
+  using Kv = typename Traits::Kv;
   static constexpr void (*kKernel)(ManyRowsSm90Params) = many_rows_sm90_kernel<Traits>;
   static constexpr int kSharedBytes = int(sizeof(Sm90Memory<Traits>));
 
@@ -76,12 +76,12 @@ struct ManyRowsSm90Kernel {
     int32_t tokens = Traits::kTokens < kMaxBoxTokens ? Traits::kTokens : kMaxBoxTokens;
     while (!is_ragged && a.pages.page_size % tokens != 0) tokens /= 2;
     if (tokens < kMinBoxTokens) return;
-    using K = typename Traits::KTile;
-    using V = typename Traits::VTile;
+    using K = typename Traits::LoadedK;
+    using V = typename Traits::LoadedV;
     if (!fits<K>(a.k_strides) || !fits<V>(a.v_strides)) return;
     const auto k_shape = shape<K>(a.k_cache, Traits::kQk, a.k_strides, a, num_pages, tokens);
     const auto v_shape = shape<V>(a.v_cache, Traits::kVo, a.v_strides, a, num_pages, tokens);
-    const auto& entry = TensorMapCache::find<Q>(k_shape, v_shape);
+    const auto& entry = TensorMapCache::find<Kv>(k_shape, v_shape);
     if (!entry.is_valid) return;
     const auto cache = [](const TensorMap& map, const TensorMapShape& s, const KvStrides& strides) {
       return Sm90Cache{map, static_cast<int32_t>(s.box[1] * s.box[3]),
@@ -104,7 +104,7 @@ struct ManyRowsSm90Kernel {
   template <class Tile>
   static TensorMapShape shape(const void* cache, int dim, const KvStrides& strides,
                               const AttentionParams& a, int64_t num_pages, int32_t tokens) {
-    constexpr int64_t kBytes = sizeof(Q);
+    constexpr int64_t kBytes = sizeof(Kv);
     constexpr int64_t kParts = Tile::kBoxParts;
     const int64_t heads = a.num_kv_heads;
     const bool is_ragged = a.pages.indices == nullptr && a.pages.block_table == nullptr;
@@ -117,7 +117,7 @@ struct ManyRowsSm90Kernel {
       return {cache,
               {dim, num_tokens, 1, heads, num_pages},
               {token, 0, strides.head * kBytes, page},
-              {kPartColumns, tokens, 1, 1, 1}};
+              {Tile::kColumns, tokens, 1, 1, 1}};
     }
     const int64_t parts = (heads - 1) * (strides.head / kPartColumns) + kParts;
     constexpr int64_t kPartStride = kPartColumns * kBytes;

@@ -16,7 +16,9 @@ template <class Traits>
 class Sm90Loader {
   using Memory = Sm90Memory<Traits>;
   using Place = FixedRingPlace<Traits::kUnits>;
+  using TilePlace = FixedRingPlace<Traits::kLoadedStages>;
   using Q = typename Traits::Q;
+  using Kv = typename Traits::Kv;
   static constexpr int kWarps = kGroupThreads / kWarpSize;
   static constexpr int kBoxWarps = 2;  // one starts copies of K, the other of V
   static constexpr int kFindingWarp = kBoxWarps;
@@ -33,11 +35,11 @@ class Sm90Loader {
 
   // Arrivals that fill a tile: of the warp that starts the copy engine, or of all that copy.
   __device__ __forceinline__ static int tile_arrivals(const ManyRowsSm90Params& params) {
-    return params.has_maps() ? 1 : kWarps;
+    return params.has_maps() ? 1 : kGroupThreads;
   }
-  // And of those that copy query rows.
+  // And of those that copy query rows, and of the warp that describes the unit.
   __device__ __forceinline__ static int unit_arrivals(const ManyRowsSm90Params& params) {
-    return params.has_maps() ? kWarps - kBoxWarps : kWarps;
+    return (params.has_maps() ? kWarps - kBoxWarps : kWarps) * kWarpSize + 1;
   }
 
   // Each warp goes through the units at its own pace.
@@ -54,18 +56,15 @@ class Sm90Loader {
       Sm90Unit& unit = memory_.units[place.index()];
       if (!params_.has_maps()) {
         copy_queries(unit, place, warp(), kWarps);
-        describe_groups(unit);
+        describe_groups(unit, place);
         gather_tiles(unit);
       } else if (warp() >= kBoxWarps) {
         copy_queries(unit, place, warp() - kBoxWarps, kWarps - kBoxWarps);
-        describe_groups(unit);
-        announce<0>();
+        describe_groups(unit, place);
       } else if (warp() == 0) {
-        load_boxes<typename Traits::KTile>(unit, params_.k, memory_.k, memory_.k_full,
-                                           memory_.k_empty, address(memory_.unit_wanted));
+        load_boxes(unit, params_.k, memory_.loaded_k(), address(memory_.unit_wanted));
       } else {
-        load_boxes<typename Traits::VTile>(unit, params_.v, memory_.v, memory_.v_full,
-                                           memory_.v_empty, 0);
+        load_boxes(unit, params_.v, memory_.loaded_v(), 0);
       }
       if (!unit.exists) return;
       __syncwarp();
@@ -77,11 +76,12 @@ class Sm90Loader {
   __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
     return ptx::shared_address(&barrier);
   }
-  __device__ __forceinline__ static int thread() {
+  // Unsigned before it is divided: that takes fewer instructions.
+  __device__ __forceinline__ static uint32_t thread() {
     return fresh_thread() - Traits::kComputeThreads;
   }
   __device__ __forceinline__ static int warp() { return thread() / kWarpSize; }
-  __device__ __forceinline__ static int lane() { return fresh_thread() % kWarpSize; }
+  __device__ __forceinline__ static int lane() { return uint32_t(fresh_thread()) % kWarpSize; }
   __device__ __forceinline__ static bool is_finding() { return warp() == kFindingWarp; }
   __device__ __forceinline__ bool is_ragged() const {
     return p_.pages.indices == nullptr && p_.pages.block_table == nullptr;
@@ -101,11 +101,12 @@ class Sm90Loader {
     __syncwarp();
   }
 
-  // While the query rows are on their way, with which this is announced.
-  __device__ __forceinline__ void describe_groups(Sm90Unit& unit) const {
-    if (is_finding() && lane() < Traits::kGroups && unit.exists) {
-      units_.describe_group(unit, lane());
-    }
+  // While the query rows are on their way.
+  __device__ __forceinline__ void describe_groups(Sm90Unit& unit, const Place& place) const {
+    if (!is_finding()) return;
+    if (lane() < Traits::kGroups && unit.exists) units_.describe_group(unit, lane());
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(address(memory_.unit_full[place.index()]));
   }
 
   // Start copying query rows of a unit, as warp `rank` of `num_warps` that do so.
@@ -120,38 +121,21 @@ class Sm90Loader {
         const int qo_idx = tile_token(unit.item, in_tile);
         const int head = unit.item.piece.kv_head * g_.group_size + unit.item.first_head + in_tile -
                          (qo_idx - unit.item.first_token) * g_.group_size;
-        copy_rows<typename Traits::QueryBlocks, Traits::kQk, kWarpSize>(
-            q + query_row(p_, unit.item.piece, qo_idx) * p_.q_row_stride + head * p_.q_head_stride,
-            memory_.q[place.index()][i / kGroupRows], i % kGroupRows);
+        share_rows(0, q + query_row(p_, unit.item.piece, qo_idx) * p_.q_row_stride +
+                          head * p_.q_head_stride);
+        copy_rows<typename Traits::QueryBlocks, Traits::kQk* int(sizeof(Q)), kWarpSize>(
+            0, ptx::shared_address(memory_.q[place.index()][i / kGroupRows]) +
+                   Traits::QueryBlocks::offset(i % kGroupRows, 0));
       }
     }
-    end_copies(memory_.unit_full[place.index()]);
+    ptx::mbarrier_arrive_after_copies(address(memory_.unit_full[place.index()]));
   }
 
-  // This warp has started the last of its copies to what `full` guards.
-  __device__ __forceinline__ void end_copies(const uint64_t& full) {
-    ptx::cp_async_commit();
-    announce<1>();
-    copied_ = address(full);
-  }
-  // Wait for the copies that end_copies() ended last, after which kLater others were ended, make
-  // them known to wgmma and arrive. Callers do so before they wait for anybody else.
-  template <int kLater>
-  __device__ __forceinline__ void announce() {
-    if (copied_ == 0) return;
-    ptx::cp_async_wait<kLater>();
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(copied_);
-    copied_ = 0;
-  }
-
-  // The id of the page that holds a token, which is one of the unit.
-  __device__ __forceinline__ int find_page(const Sm90Unit& unit, int token) const {
+  // The id of the page that holds a token, which is one of the unit. pages: of its request.
+  __device__ __forceinline__ int find_page(const Sm90Unit& unit, const int32_t* pages,
+                                           int token) const {
     const int page = params_.page_size(token);
-    const int32_t request = unit.item.piece.request;
-    const int32_t* pages = p_.pages.pages_of(request);
-    return pages != nullptr ? pages[page] : p_.pages.indptr[request] + page;
+    return pages != nullptr ? pages[page] : p_.pages.indptr[unit.item.piece.request] + page;
   }
   __device__ __forceinline__ int token_in_page(int token) const {
     return token - static_cast<int>(params_.page_size(token)) * p_.pages.page_size;
@@ -163,23 +147,23 @@ class Sm90Loader {
 
   // A warp loads the tiles of K or V, each lane at most one box of a tile; page ids are read a tile
   // ahead. One arrives at the barrier `wanted`, if there is one, when the next unit is.
-  template <class Tile>
+  template <class Ring>
   __device__ __forceinline__ void load_boxes(const Sm90Unit& unit, const Sm90Cache& cache,
-                                             uint8_t (&tiles)[Traits::kStages][Tile::kBytes],
-                                             uint64_t (&full)[Traits::kStages],
-                                             uint64_t (&empty)[Traits::kStages], uint32_t wanted) {
+                                             const Ring& ring, uint32_t wanted) {
+    using Tile = typename Ring::Tile;
     if (!unit.exists) return;
     constexpr bool kHasAllParts = Tile::kBoxParts > 1;
     const int num_boxes = Traits::kTokens / cache.box_tokens;  // of a part, or of all parts
     const int part = lane() / num_boxes * Tile::kBoxParts;
     const int first = lane() % num_boxes * cache.box_tokens;  // token of the box in its tile
     const int head = unit.item.piece.kv_head;
-    const uint32_t offset = Tile::Blocks::offset(first, part * PartRows::kChunks);
-    // Boxes past the last token are outside of the map, which makes them zeros.
+    const uint32_t offset = Tile::Blocks::offset(first, part * Tile::Blocks::Rows::kChunks);
+    const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
+    // Boxes past the last token or before the first are outside of the map, which makes them zeros.
     const auto page_of = [&](int tile) {
       const int token = unit.first_token + tile * Traits::kTokens + first;
-      if (token >= unit.tokens.end) return -1;
-      return is_ragged() ? 0 : find_page(unit, token);
+      if (token >= unit.tokens.end || token + cache.box_tokens <= unit.tokens.begin) return -1;
+      return is_ragged() ? 0 : find_page(unit, pages, token);
     };
     int n = unit.num_tiles - 1;
     const int tiles_ahead = min(n, kTilesAhead);
@@ -193,106 +177,122 @@ class Sm90Loader {
       const int token = unit.first_token + n * Traits::kTokens + first;
       const int row =
           is_ragged() ? p_.pages.indptr[unit.item.piece.request] + token : token_in_page(token);
-      ptx::BoxPlace at = {part * kPartColumns, row, 0, head, page};
+      ptx::BoxPlace at = {part * Tile::kColumns, row, 0, head, page};
       if constexpr (kHasAllParts) {
         at = {0, is_ragged() ? row : 0, head * cache.head_parts, is_ragged() ? 0 : row / kBlockRows,
               page};
       }
       const int stage = tile_.index();
-      const uint32_t barrier = address(full[stage]);
-      ptx::mbarrier_wait(address(empty[stage]), tile_.empty_parity());
+      const uint32_t barrier = address(ring.full[stage]);
+      ptx::mbarrier_wait(address(ring.empty[stage]), tile_.empty_parity());
       if (lane() == 0) ptx::mbarrier_arrive_expect_bytes(barrier, Tile::kBytes);
       if (part < Tile::kParts) {
-        ptx::tma_load_5d(ptx::shared_address(tiles[stage]) + offset, cache.map, barrier, at);
+        ptx::tma_load_5d(ptx::shared_address(ring.tiles[stage]) + offset, cache.map, barrier, at);
       }
       __syncwarp();
       ++tile_.n;
     }
   }
 
-  // All warps copy the tiles row by row, each its own rows: lane l looks token l of them up. The
-  // unit's last tokens stand in for those past its end. K is a tile ahead of V: it is wanted a step
-  // earlier, and its place is free a step earlier.
+  // All warps copy the tiles row by row, each its own rows. Where rows of K and V lie is found out
+  // at once, and page ids are read a tile before that. K is kKeysAhead tiles ahead of V: it is
+  // wanted a step earlier, and its place is free a step earlier, but where both are to be widened.
   __device__ __forceinline__ void gather_tiles(const Sm90Unit& unit) {
-    int n = unit.exists ? unit.num_tiles - 1 : -1;
-    int page = n < 0 ? 0 : find_page(unit, gathered_token(unit, n));  // of this lane's token
-    int next_page = n < 1 ? 0 : find_page(unit, gathered_token(unit, n - 1));
-    if (n >= 0) gather_keys(unit, n, page, tile_);
+    const int num_tiles = unit.exists ? unit.num_tiles : 0;
+    if (num_tiles == 0) return;
+    TilePlace key_tile = tile_;
+    const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
+    int page = find_page(unit, pages, gathered_token(unit, num_tiles - 1));
 #pragma unroll 1
-    for (; n >= 0; --n) {
-      const int this_page = page;
-      page = next_page;
-      if (n > 1) next_page = find_page(unit, gathered_token(unit, n - 2));
-      if (n > 0) gather_keys(unit, n - 1, page, {tile_.n + 1});
-      const int stage = tile_.index();
-      gather_rows<typename Traits::VTile, Traits::kVo>(
-          unit, n, this_page, p_.v_cache, p_.v_strides, tile_, memory_.v[stage],
-          memory_.v_full[stage], memory_.v_empty[stage]);
-      ++tile_.n;
+    for (int n = num_tiles; n >= 0; --n) {
+      if (n > 0) {
+        share_token(unit, n - 1, page);
+        if (n > 1) page = find_page(unit, pages, gathered_token(unit, n - 2));
+        gather_rows<Traits::kQk>(0, key_tile, memory_.loaded_k());
+        ++key_tile.n;
+      }
+      const int value_tile = n - 1 + Traits::kKeysAhead;
+      if (value_tile >= 0 && value_tile < num_tiles) {
+        gather_rows<Traits::kVo>(value_set(value_tile), tile_, memory_.loaded_v());
+        ++tile_.n;
+      }
     }
-    announce<0>();
   }
 
+  // The set of copied_rows that a tile of V has.
+  __device__ __forceinline__ static int value_set(int tile) {
+    return 1 + tile % (1 + Traits::kKeysAhead);
+  }
+  // Tell the warp where K and V of this lane's token of a tile lie, on the page that holds it.
+  __device__ __forceinline__ void share_token(const Sm90Unit& unit, int tile, int page) const {
+    const int in_page = token_in_page(gathered_token(unit, tile));
+    const auto row = [&](const void* cache, const KvStrides& strides) {
+      return static_cast<const Kv*>(cache) + unit.item.piece.kv_head * strides.head +
+             page * strides.page + in_page * strides.token;
+    };
+    share_rows(0, row(p_.k_cache, p_.k_strides));
+    share_rows(value_set(tile), row(p_.v_cache, p_.v_strides));
+  }
+
+  // The token that this lane looks up for its warp: the unit's last one stands in for those past
+  // its end.
   __device__ __forceinline__ int gathered_token(const Sm90Unit& unit, int tile) const {
     const int in_tile = tile * Traits::kTokens + warp() * kGatherRows + lane() % kGatherRows;
-    return min(unit.first_token + in_tile, unit.tokens.end - 1);
+    return max(min(unit.first_token + in_tile, unit.tokens.end - 1), unit.tokens.begin);
   }
 
-  __device__ __forceinline__ void gather_keys(const Sm90Unit& unit, int n, int page,
-                                              const FixedRingPlace<Traits::kStages>& place) {
+  // Start copying this warp's rows of a tile once its place is empty.
+  template <int kDim, class Ring>
+  __device__ __forceinline__ void gather_rows(int set, const TilePlace& place, const Ring& ring) {
+    using Blocks = typename Ring::Tile::Blocks;
     const int stage = place.index();
-    gather_rows<typename Traits::KTile, Traits::kQk>(unit, n, page, p_.k_cache, p_.k_strides, place,
-                                                     memory_.k[stage], memory_.k_full[stage],
-                                                     memory_.k_empty[stage]);
+    ptx::mbarrier_wait(address(ring.empty[stage]), place.empty_parity());
+    copy_rows<Blocks, kDim* int(sizeof(Kv)), kGatherRows>(
+        set, ptx::shared_address(ring.tiles[stage]) + Blocks::offset(warp() * kGatherRows, 0));
+    ptx::mbarrier_arrive_after_copies(address(ring.full[stage]));
   }
 
-  // Start copying this warp's rows of tile n once its place is empty.
-  template <class Tile, int kDim>
-  __device__ __forceinline__ void gather_rows(const Sm90Unit& unit, int n, int page,
-                                              const void* rows, const KvStrides& strides,
-                                              const FixedRingPlace<Traits::kStages>& place,
-                                              uint8_t* to, const uint64_t& full,
-                                              const uint64_t& empty) {
-    if (!__all_sync(kFullWarp, ptx::mbarrier_is_over(address(empty), place.empty_parity()))) {
-      announce<0>();
-      ptx::mbarrier_wait(address(empty), place.empty_parity());
-    }
-    const Q* row = static_cast<const Q*>(rows) + unit.item.piece.kv_head * strides.head +
-                   page * strides.page + token_in_page(gathered_token(unit, n)) * strides.token;
-    copy_rows<typename Tile::Blocks, kDim, kGatherRows>(row, to, warp() * kGatherRows);
-    end_copies(full);
+  // Tell the warp where row i lies, which lane i knows: lanes know other rows than they copy, and
+  // through shared memory that takes fewer instructions than with shuffles.
+  __device__ __forceinline__ void share_rows(int set, const void* row) const {
+    __syncwarp();
+    memory_.copied_rows[warp()][set][lane()] = reinterpret_cast<uint64_t>(row);
+    __syncwarp();
   }
 
-  // Start copying kRows rows to those from first_row on, a multiple of 8; row i lies where lane i
-  // says. Lanes know other rows than they copy: through shared memory that takes fewer instructions
-  // than with shuffles. Eight lanes copy a row, 64 columns at a time.
-  template <class Blocks, int kDim, int kRows>
-  __device__ __forceinline__ void copy_rows(const Q* row, uint8_t* to, int first_row) const {
-    constexpr int kChunks = kDim / 8;
-    constexpr int kLanes = PartRows::kChunks;
+  // Start copying kRows rows of kBytes, a multiple of 8, of a set that share_rows() told of. Some
+  // lanes copy a row, a part at a time; every kPlaces rows of a lane have the same place in a
+  // block.
+  template <class Blocks, int kBytes, int kRows>
+  __device__ __forceinline__ void copy_rows(int set, uint32_t to) const {
+    using Rows = typename Blocks::Rows;
+    constexpr int kLanes = Rows::kChunks;
     constexpr int kRowsAtOnce = kWarpSize / kLanes;
-    constexpr int kInFlight =
-        kDim <= 192 ? 4 : 2;  // rows of a lane whose addresses are loaded at once
-    static_assert(kRows % (kRowsAtOnce * kInFlight) == 0, "none is left");
-    uint64_t* rows = memory_.copied_rows[warp()];
-    __syncwarp();
-    rows[lane()] = reinterpret_cast<uint64_t>(row);
-    __syncwarp();
-    const uint32_t tile = ptx::shared_address(to) + Blocks::offset(first_row, 0);
-    const int lane_row = lane() / kLanes, lane_chunk = lane() % kLanes;
-#pragma unroll 1
-    for (int first = lane_row; first < kRows; first += kRowsAtOnce * kInFlight) {
+    constexpr int kPlaces = kBlockRows / kRowsAtOnce;
+    // Rows of a lane whose addresses are loaded at once.
+    constexpr int kMost = Traits::kLoadRegisters >= 56 ? 8 : kBytes <= 384 ? 4 : 2;
+    constexpr int kInFlight = kMost < kRows / kRowsAtOnce ? kMost : kRows / kRowsAtOnce;
+    const uint32_t lane_row = lane() / kLanes, lane_chunk = lane() % kLanes;
+    const uint64_t* rows = memory_.copied_rows[warp()][set] + lane_row;
+    uint32_t places[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      places[i] = to + Rows::offset(lane_row + i * kRowsAtOnce, lane_chunk);
+    }
+#pragma unroll
+    for (int first = 0; first < kRows / kRowsAtOnce; first += kInFlight) {
       uint64_t from[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) from[i] = rows[first + i * kRowsAtOnce];
+      for (int i = 0; i < kInFlight; ++i) from[i] = rows[(first + i) * kRowsAtOnce];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
+        from[i] += lane_chunk * kChunkBytes;
+        const uint32_t row_place = places[i % kPlaces] + (first + i) / kPlaces * Blocks::kNextRows;
 #pragma unroll
-        for (int part = 0; part < kChunks; part += kLanes) {
-          const int chunk = part + lane_chunk;
-          if (part + kLanes > kChunks && chunk >= kChunks) continue;
-          ptx::cp_async_16(tile + Blocks::offset(first + i * kRowsAtOnce, chunk),
-                           reinterpret_cast<const void*>(from[i] + chunk * kChunkBytes));
+        for (int part = 0; part * Rows::kRowBytes < kBytes; ++part) {
+          if (part * kLanes + int(lane_chunk) >= kBytes / kChunkBytes) continue;
+          ptx::cp_async_16(row_place + part * Blocks::kNextColumns,
+                           reinterpret_cast<const void*>(from[i] + part * Rows::kRowBytes));
         }
       }
     }
@@ -303,8 +303,7 @@ class Sm90Loader {
   const WorkGeometry& g_;
   const Sm90Units<Traits> units_;
   Memory& memory_;
-  FixedRingPlace<Traits::kStages> tile_;
-  uint32_t copied_ = 0;  // the barrier of copies that have not been announced
+  TilePlace tile_;
 };
 
 }  // namespace fi

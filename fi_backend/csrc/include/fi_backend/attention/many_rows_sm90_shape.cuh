@@ -3,7 +3,8 @@
 // Two warpgroups compute, or three where heads are small, each on 64 query rows, and another one
 // brings what they need: units of work with their query rows, and tiles of K and V in rings.
 // Barriers in shared memory tell both sides what is full and what is free, so that nobody waits for
-// what he does not need.
+// what he does not need. Of an fp8 cache, tiles pass through another ring and a group that widens
+// them.
 #pragma once
 
 #include <fi_backend/attention/many_rows_shape.h>
@@ -26,16 +27,17 @@ inline constexpr int kBlockRows = 8;
 inline constexpr int kBlockBytes = kBlockRows * PartRows::kRowBytes;
 
 // How blocks follow each other: bytes from a block to that of the next 8 rows, and to that of the
-// next 64 columns.
-template <int kNextRows_, int kNextColumns_>
+// next columns that Rows hold, which is 64 of 16 bits.
+template <int kNextRows_, int kNextColumns_, class Rows_ = PartRows>
 struct BlockLayout {
+  using Rows = Rows_;
   static constexpr int kNextRows = kNextRows_;
   static constexpr int kNextColumns = kNextColumns_;
 
   // Of a 16-byte chunk.
   __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
-    return row / kBlockRows * kNextRows + chunk / PartRows::kChunks * kNextColumns +
-           PartRows::offset(row % kBlockRows, chunk % PartRows::kChunks);
+    return row / kBlockRows * kNextRows + chunk / Rows::kChunks * kNextColumns +
+           Rows::offset(row % kBlockRows, chunk % Rows::kChunks);
   }
 };
 
@@ -43,6 +45,7 @@ struct BlockLayout {
 // of 64 columns or, of wide heads, whose tiles have many boxes, all columns of its tokens.
 template <int kDim, int kTokens>
 struct Sm90Tile {
+  static constexpr int kColumns = kPartColumns;  // of a part
   static constexpr int kParts = (kDim + kPartColumns - 1) / kPartColumns;
   static constexpr int kBoxParts = kDim > 128 && kDim % kPartColumns == 0 ? kParts : 1;
   using Blocks = BlockLayout<kBoxParts * kBlockBytes,
@@ -50,11 +53,49 @@ struct Sm90Tile {
   static constexpr int kBytes = kParts * kTokens * PartRows::kRowBytes;
 };
 
-// Q: __half or __nv_bfloat16, the cache's type too; Out: a float type.
-template <class Q_, class Out_, int kHeadDimQk, int kHeadDimVo, class Variant_ = NoVariant>
-struct Sm90Traits {
+// A tile of an fp8 cache before it is widened. Parts of 128 columns are swizzled as those of 64 are
+// in 16 bits, and parts of 64 by half of that.
+template <int kDim, int kTokens>
+struct Sm90NarrowTile {
+  static constexpr int kColumns = kDim > 64 ? 128 : 64;
+  static constexpr int kParts = (kDim + kColumns - 1) / kColumns;
+  static constexpr int kBoxParts = 1;
+  using Blocks = BlockLayout<kBlockRows * kColumns, kTokens * kColumns, SwizzledRows<kColumns>>;
+  static constexpr int kBytes = kParts * kTokens * kColumns;
+};
+
+// What depends on the cache's type. Weight: of weights and of what they multiply. LoadedTile: what
+// the group that loads writes.
+template <class Q, class Kv>
+struct Sm90CacheTraits {
+  using Weight = Q;
+  template <int kDim, int kTokens>
+  using LoadedTile = Sm90Tile<kDim, kTokens>;
+  static constexpr int kLoadedStages = 2;
+  static constexpr int kKeysAhead = 1;  // tiles that K is loaded ahead of V
+  static constexpr int kLoadGroups = 1;
+};
+struct Sm90Fp8Traits {
+  using Weight = __half;  // fp8 is exact in fp16, and one instruction away from it
+  template <int kDim, int kTokens>
+  using LoadedTile = Sm90NarrowTile<kDim, kTokens>;
+  static constexpr int kLoadedStages = 1;
+  static constexpr int kKeysAhead = 0;
+  static constexpr int kLoadGroups = 2;  // the other one widens
+};
+template <class Q>
+struct Sm90CacheTraits<Q, __nv_fp8_e4m3> : Sm90Fp8Traits {};
+template <class Q>
+struct Sm90CacheTraits<Q, __nv_fp8_e5m2> : Sm90Fp8Traits {};
+
+// Q: __half or __nv_bfloat16; Out: a float type; Kv: Q or an fp8 type.
+template <class Q_, class Out_, int kHeadDimQk, int kHeadDimVo, class Variant_ = NoVariant,
+          class Kv_ = Q_>
+struct Sm90Traits : Sm90CacheTraits<Q_, Kv_> {
+  using Cache = Sm90CacheTraits<Q_, Kv_>;
   using Q = Q_;
-  using Kv = Q_;
+  using Kv = Kv_;
+  static constexpr bool kIsFp8Cache = kIsFp8<Kv>;
   using Out = Out_;
   using Variant = Variant_;
   static constexpr int kQk = kHeadDimQk;
@@ -64,16 +105,16 @@ struct Sm90Traits {
   static constexpr int kTokens = kWidest <= 128 ? 128 : 64;
   static constexpr int kStages = 2;
   static constexpr int kUnits = kWidest <= 192 ? 2 : 1;  // that are known ahead, with query rows
-  static constexpr int kGroups = sm90_tile_rows(kQk, kVo) / kGroupRows;  // that compute
+  static constexpr int kGroups = sm90_tile_rows(kQk, kVo, sizeof(Kv)) / kGroupRows;  // that compute
   static constexpr int kUnitRows = kGroups * kGroupRows;
   static constexpr int kComputeThreads = kGroups * kGroupThreads;
-  static constexpr int kThreads = kComputeThreads + kGroupThreads;
+  static constexpr int kThreads = kComputeThreads + Cache::kLoadGroups * kGroupThreads;
   // A thread's registers: outputs, scores and weights leave little of what every thread gets to
   // begin with.
   static constexpr int kComputeRegisters = kGroups == 3 ? 160 : kVo <= 192 ? 224 : 232;
-  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : kVo <= 192 ? 56 : 40;
-  static_assert(kGroups * kComputeRegisters + kLoadRegisters ==
-                (65536 / kThreads & ~7) * (kGroups + 1));
+  static constexpr int kLoadRegisters = kGroups == 3 || kIsFp8Cache ? 32 : kVo <= 192 ? 56 : 40;
+  static_assert(kGroups * kComputeRegisters + Cache::kLoadGroups * kLoadRegisters ==
+                (65536 / kThreads & ~7) * (kGroups + Cache::kLoadGroups));
   static constexpr int kTileRows = many_row_tile(kQk, kVo);
   static constexpr int kWarpRows = 16;
   static constexpr int kRowBlocks = 1;
@@ -83,6 +124,8 @@ struct Sm90Traits {
 
   using KTile = Sm90Tile<kQk, kTokens>;
   using VTile = Sm90Tile<kVo, kTokens>;
+  using LoadedK = typename Cache::template LoadedTile<kQk, kTokens>;
+  using LoadedV = typename Cache::template LoadedTile<kVo, kTokens>;
   using QueryBlocks = BlockLayout<kBlockBytes, kGroupRows * PartRows::kRowBytes>;
   static constexpr int kGroupQueryBytes = KTile::kParts * kGroupRows * PartRows::kRowBytes;
 };
@@ -107,14 +150,36 @@ struct Sm90Search {
   int32_t next_row;
 };
 
+// A ring of tiles in shared memory.
+template <class Tile_, int kStages_>
+struct TileRing {
+  using Tile = Tile_;
+  static constexpr int kStages = kStages_;
+
+  uint8_t (&tiles)[kStages][Tile::kBytes];
+  uint64_t (&full)[kStages];
+  uint64_t (&empty)[kStages];
+};
+
+// What is loaded of an fp8 cache, before it is widened.
+template <class Traits, bool kIsFp8Cache = Traits::kIsFp8Cache>
+struct NarrowTiles {};
+template <class Traits>
+struct alignas(1024) NarrowTiles<Traits, true> {
+  uint8_t k[Traits::kLoadedStages][Traits::LoadedK::kBytes];
+  uint8_t v[Traits::kLoadedStages][Traits::LoadedV::kBytes];
+};
+
 template <class Traits>
 struct alignas(1024) Sm90Memory {
   uint8_t q[Traits::kUnits][Traits::kGroups][Traits::kGroupQueryBytes];
   uint8_t k[Traits::kStages][Traits::KTile::kBytes];
   uint8_t v[Traits::kStages][Traits::VTile::kBytes];
+  NarrowTiles<Traits> narrow;
   Sm90Unit units[Traits::kUnits];
-  // Of rows that are copied one by one, by each warp that does so.
-  uint64_t copied_rows[kGroupThreads / kWarpSize][kWarpSize];
+  // Where rows lie that are copied one by one, by each warp that does so: query rows or those of K,
+  // and of each tile of V from which K is loaded on.
+  uint64_t copied_rows[kGroupThreads / kWarpSize][2 + Traits::kKeysAhead][kWarpSize];
   alignas(16) int32_t plan_header[kPlanHeaderInts];
   Sm90Search search;
   uint32_t found_units;  // number of units found before the one at hand
@@ -127,6 +192,32 @@ struct alignas(1024) Sm90Memory {
   uint64_t k_empty[Traits::kStages];
   uint64_t v_full[Traits::kStages];
   uint64_t v_empty[Traits::kStages];
+  uint64_t narrow_full[2][Traits::kLoadedStages];  // of K and of V, where they are loaded as fp8
+  uint64_t narrow_empty[2][Traits::kLoadedStages];
+
+  __device__ __forceinline__ TileRing<typename Traits::KTile, Traits::kStages> k_ring() {
+    return {k, k_full, k_empty};
+  }
+  __device__ __forceinline__ TileRing<typename Traits::VTile, Traits::kStages> v_ring() {
+    return {v, v_full, v_empty};
+  }
+  // What the group that loads fills.
+  __device__ __forceinline__ auto loaded_k() {
+    if constexpr (Traits::kIsFp8Cache) {
+      return TileRing<typename Traits::LoadedK, Traits::kLoadedStages>{narrow.k, narrow_full[0],
+                                                                       narrow_empty[0]};
+    } else {
+      return k_ring();
+    }
+  }
+  __device__ __forceinline__ auto loaded_v() {
+    if constexpr (Traits::kIsFp8Cache) {
+      return TileRing<typename Traits::LoadedV, Traits::kLoadedStages>{narrow.v, narrow_full[1],
+                                                                       narrow_empty[1]};
+    } else {
+      return v_ring();
+    }
+  }
 
   __device__ __forceinline__ const WorkGeometry& geometry() const {
     return *reinterpret_cast<const WorkGeometry*>(plan_header);

@@ -23,7 +23,7 @@ __device__ __forceinline__ void pack_weights(const ScoreTile<Traits>& s, float s
                                              const RowSums<Traits>& rows,
                                              WeightTile<Traits>& weights, float (&sums)[2],
                                              const Wait& wait) {
-  using Q = typename Traits::Q;
+  using Weight = typename Traits::Weight;
   constexpr int kEarly = 2;  // blocks of tokens whose weights are computed before the wait
   float base[2];
   float sum[2][2] = {};
@@ -44,7 +44,7 @@ __device__ __forceinline__ void pack_weights(const ScoreTile<Traits>& s, float s
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i % 4 / 2][i % 2] += w[i];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[t][i] = ptx::pack_pair<Q>(w[2 * i], w[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) weights[t][i] = ptx::pack_pair<Weight>(w[2 * i], w[2 * i + 1]);
   };
   float early[kEarly][8];
 #pragma unroll

@@ -33,7 +33,7 @@ class Sm90Units {
     ManyRowsItem& item = search().item;
     if (search().next_row >= item.piece.num_rows) {
       search().next_row = 0;
-      item.exists = search().walk.next(p_, g, item.piece, item.holders);
+      item.exists = search().walk.next(p_, g, item.group_size, item.piece, item.holders);
       if (item.exists) describe_item<typename Traits::Variant>(p_, g, item);
     }
     Sm90Unit& unit = memory_.units[memory_.found_units % Traits::kUnits];
@@ -69,10 +69,12 @@ class Sm90Units {
 
   __device__ __forceinline__ void set_tokens(const WorkGeometry& g, Sm90Unit& unit) const {
     const KvRange tokens = rows_range(p_, g, unit.item, unit.first_row, Traits::kUnitRows).some;
-    // Boxes begin where a page is a multiple of them.
+    // Boxes begin where a page is a multiple of them. Where pieces are never cut, tiles begin at
+    // multiples of their size, or those of a windowed row would lie where the rows beside it want
+    // them.
     const bool begins_with_box = params_.has_maps() && p_.pages.page_size > 1;
-    const int early =
-        begins_with_box ? tokens.begin % static_cast<uint32_t>(params_.k.box_tokens) : 0;
+    const int step = g.split < 0 ? Traits::kTokens : begins_with_box ? params_.k.box_tokens : 1;
+    const int early = tokens.begin & (step - 1);  // a power of two
     const int first_token = tokens.begin - early;
     unit.tokens = tokens;
     unit.first_token = first_token;

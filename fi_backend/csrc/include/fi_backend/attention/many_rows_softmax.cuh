@@ -243,12 +243,14 @@ __device__ __forceinline__ float max_over_row(float x) {
   return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
-// Move the maxima of rows whose logits in s, times a positive scale, are far above. For each row of
-// a warp where any moves, on_move(m, h, factor) gets what turns weights under the old maximum into
-// weights under the new one. Returns whether it was called.
-template <class Traits, class Fn>
+// Move the maxima of rows whose logits in s, times a positive scale, are far above, and of which
+// may_move(m, h) is true, in all lanes of a row. For each row of a warp where any moves,
+// on_move(m, h, factor) gets what turns weights under the old maximum into weights under the new
+// one, 1 where a row stays. Returns whether it was called.
+template <class Traits, class May, class Fn>
 __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float scale,
-                                            RowStates<Traits>& rows, const Fn& on_move) {
+                                            RowStates<Traits>& rows, const May& may_move,
+                                            const Fn& on_move) {
   if constexpr (!Traits::Variant::kUsesSoftmax) return false;
   constexpr int kColumns = Traits::kTokens / 8;
   // Lanes of a row need not ask each other in most tiles; but with more rows that takes registers.
@@ -276,7 +278,9 @@ __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float sc
     for (int h = 0; h < 2; ++h) {
       if constexpr (kAsksLate) top[m][h] = max_over_row(top[m][h]);
       const float old_max = rows.sums.max[m][h];
-      const float new_max = fmaxf(old_max, top[m][h]);
+      // A row moves for its own sake alone: its bits must not depend on the rows beside it.
+      const bool moves = may_move(m, h) && top[m][h] > old_max + kManyRowsSlack;
+      const float new_max = moves ? top[m][h] : old_max;
       // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
       const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);
       rows.sums.max[m][h] = new_max;

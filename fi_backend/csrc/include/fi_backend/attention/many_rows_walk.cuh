@@ -67,8 +67,9 @@ struct ManyRowsWalk {
 
   // False past the last piece; not to be called again after that. Whole items have no holders.
   __device__ __forceinline__ bool next(const AttentionParams& p, const WorkGeometry& g,
-                                       WorkPiece& piece, ItemHolders& holders) {
-    if (deals_items) return next_item(p, g, piece);
+                                       const FastDivider& group_size, WorkPiece& piece,
+                                       ItemHolders& holders) {
+    if (deals_items) return next_item(p, g, group_size, piece);
     while (!next_piece(g, kManyRows, p.qo_indptr, p.kv_lens,
                        plan_of(p, g).starts[kManyRows][worker + 1], next_start, piece)) {
       worker += fresh_num_blocks();
@@ -83,7 +84,7 @@ struct ManyRowsWalk {
   // Blocks ask a counter for items until there is none left; the last one to ask leaves it at 0.
   // Those that are dealt before save their blocks the time that the counter takes to answer.
   __device__ __forceinline__ bool next_item(const AttentionParams& p, const WorkGeometry& g,
-                                            WorkPiece& piece) {
+                                            const FastDivider& group_size, WorkPiece& piece) {
     uint32_t item = worker;
     if (has_item || item >= num_dealt) {
       int32_t* counter = plan_of(p, g).finished[kManyRows] + g.num_workers;
@@ -103,7 +104,11 @@ struct ManyRowsWalk {
     piece.qo_len = items.span.qo_len;
     piece.kv_len = items.span.kv_len;
     piece.num_rows = num_tile_rows(g, kManyRows, piece.qo_len, piece.q_tile);
-    piece.item = item_tokens(g, kManyRows, piece.qo_len, piece.kv_len, piece.q_tile);
+    const auto seen_by = [&](uint32_t row) {
+      return visible_tokens(g, piece.qo_len, piece.kv_len, group_size(row));
+    };
+    const uint32_t first_row = uint32_t(piece.q_tile) * g.tile_rows;
+    piece.item = {seen_by(first_row).begin, seen_by(first_row + piece.num_rows - 1).end};
     piece.tokens = piece.item;
     return true;
   }

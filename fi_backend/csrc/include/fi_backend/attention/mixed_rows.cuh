@@ -17,10 +17,12 @@ struct MixedRowsParams {
   FewRowsParams few;  // with other partials than many has
 };
 
-// The few-row line reads K and V once and from memory, the other line many times and from L2.
+// The few-row line reads K and V once and from memory, the other line many times and from L2. Not
+// all SMs read from memory: each has more on its way.
 template <class Traits>
 struct StreamingFewRows : Traits {
   static constexpr bool kEvictsFirst = true;
+  static constexpr int kMaxStages = kFewRowsMaxStages;
 };
 
 template <class Few, class Many>
@@ -35,6 +37,19 @@ constexpr FewRowsShape mixed_few_rows_shape() {
   constexpr int kBytes = 227 * 1024;
   return few_rows_shape<Few>(kBytes, 0);
 }
+
+// The line that a block begins with. Neighbouring blocks get neighbouring SMs, which share their
+// way to memory: were the first blocks those of one line, a step would take up to a fifth longer,
+// or not, from one run to the next. So both lines are spread evenly over the grid.
+struct BlockRole {
+  bool begins_with_few;
+  int few_before;  // blocks before this one that begin with few rows
+
+  __device__ __forceinline__ BlockRole(int block, int num_blocks, int few_blocks)
+      : few_before(block * few_blocks / num_blocks) {
+    begins_with_few = (block + 1) * few_blocks / num_blocks > few_before;
+  }
+};
 
 #if FI_HAS_WGMMA
 // The few-row line's shared memory becomes the other line's, whose tiles the copy engine writes.
@@ -69,11 +84,12 @@ __global__ void __launch_bounds__(kSm90LaunchBound<Many>, 1)
   extern __shared__ __align__(1024) uint8_t mixed_shared_memory[];
   const int32_t* plan = params.many.attention.plan;
   // What is known here is asked for again later: few rows leave no register to keep it in.
-  const int few_blocks = min(plan[kFewRowBlocksInt], int(fresh_num_blocks()));
-  if (fresh_block() < few_blocks) {
+  const auto few_blocks = [&] { return min(plan[kFewRowBlocksInt], int(fresh_num_blocks())); };
+  const auto role = [&] { return BlockRole(fresh_block(), int(fresh_num_blocks()), few_blocks()); };
+  if (role().begins_with_few) {
     Trace::begin(kFewRows);
     if (fresh_thread() < Few::kThreads) {
-      run_few_rows<Few>(params.few, mixed_shared_memory, fresh_block(), few_blocks);
+      run_few_rows<Few>(params.few, mixed_shared_memory, role().few_before, few_blocks());
     } else {
       __syncthreads();
     }
@@ -82,12 +98,12 @@ __global__ void __launch_bounds__(kSm90LaunchBound<Many>, 1)
     leave_few_rows<Few>(params.few, mixed_shared_memory);
   }
   // The line's first workers are the blocks that begin with it.
-  const int num_blocks = fresh_num_blocks();
-  const int others = num_blocks - min(plan[kFewRowBlocksInt], num_blocks);
-  const int block = fresh_block() + others;
+  const BlockRole at = role();
+  const int others = int(fresh_num_blocks()) - few_blocks();
+  const int worker = at.begins_with_few ? others + at.few_before : fresh_block() - at.few_before;
   Trace::begin(kManyRows);
   run_many_rows<Many>(params.many, *reinterpret_cast<Sm90Memory<Many>*>(mixed_shared_memory),
-                      block < num_blocks ? block : block - num_blocks, others);
+                      worker, others);
   Trace::end(kManyRows);
 #endif
 }

@@ -18,9 +18,10 @@ inline constexpr int kMaxVariantBytes = 128;
 // States of rows over keys that come before those of kv_lens: the rows of groups that share pages
 // (plan/shared_prefix.h).
 struct PriorStates {
-  const float* out;           // [*, num_qo_heads, head_dim_vo], without v_scale and sinks
-  const float* lse;           // [*, num_qo_heads], base 2
+  const float* out;           // [* num_parts, num_qo_heads, head_dim_vo], without v_scale and sinks
+  const float* lse;           // [* num_parts, num_qo_heads], base 2; -inf where there is no part
   const int32_t* first_rows;  // [num_reqs], of each request whose first_pages are above 0
+  const int32_t* num_parts;   // [1], states of a row, one after the other, over parts of the keys
 };
 
 struct AttentionParams {

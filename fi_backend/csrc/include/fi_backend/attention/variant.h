@@ -55,6 +55,14 @@ struct NoVariant {
   using Members = variants::MemberList<>;
 };
 
+// The same, by a kernel that keeps the parts of items (plan/kept_parts.h).
+struct KeptParts : NoVariant {};
+
+template <class Variant>
+inline constexpr bool kKeepsParts = false;
+template <>
+inline constexpr bool kKeepsParts<KeptParts> = true;
+
 namespace detail {
 template <class...>
 using Void = void;

@@ -2,6 +2,7 @@
 // chunk of a piece.
 #pragma once
 
+#include <fi_backend/attention/params.h>
 #include <fi_backend/plan/work_pieces.h>
 
 #include <fi_backend/attention/item_partials.cuh>
@@ -14,7 +15,8 @@ struct FewRowsUnit {
   KvRange tokens;     // of the unit
   int32_t first_row;  // of its rows, among the packed rows of the item
   int32_t num_rows;
-  int32_t prior_row;  // of the states that go before its first keys; -1 = none do
+  int32_t prior_row;    // of the states that go before its first keys
+  int32_t prior_parts;  // that each row has; 0 = nothing goes before
   bool is_whole_item;
   bool ends_piece;
   bool exists;            // false past the last unit
@@ -90,8 +92,8 @@ class WorkUnits {
     return min(unit_rows_, piece_.num_rows - first_row_);
   }
 
-  // Describe the current unit; partial states lie in `area`. first_rows: see PriorStates.
-  __device__ __forceinline__ void describe(const PartialArea& area, const int32_t* first_rows,
+  // Describe the current unit; partial states lie in `area`.
+  __device__ __forceinline__ void describe(const PartialArea& area, const PriorStates& prior,
                                            FewRowsUnit& unit) const {
     unit.piece = piece_;
     unit.tokens = tokens_;
@@ -102,7 +104,8 @@ class WorkUnits {
         tokens_.end == piece_.tokens.end && first_row_ + unit_rows_ >= piece_.num_rows;
     unit.exists = true;
     const bool has_prior = piece_.first_page > 0 && tokens_.begin == piece_.item.begin;
-    unit.prior_row = has_prior ? first_rows[piece_.request] : -1;
+    unit.prior_row = has_prior ? prior.first_rows[piece_.request] : 0;
+    unit.prior_parts = has_prior ? *prior.num_parts : 0;
     if (unit.is_whole_item) return;
     const bool begins_item = piece_.tokens.begin == piece_.item.begin;
     const bool ends_item = piece_.tokens.end == piece_.item.end;

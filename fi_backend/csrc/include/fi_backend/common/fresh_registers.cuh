@@ -10,6 +10,7 @@ namespace fi {
 __device__ __forceinline__ int fresh_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0);  // else a division by a power of two takes four instructions
   return thread;
 }
 

@@ -21,7 +21,7 @@ struct TensorMapShape {
   const void* base;            // aligned to 16 bytes
   int64_t sizes[kDims];        // in elements
   int64_t strides[kDims - 1];  // of dimensions 1 to 4, in bytes; multiples of 16
-  int64_t box[kDims];          // in elements; 128 bytes of dimension 0
+  int64_t box[kDims];          // in elements; 64 or 128 bytes of dimension 0
 
   bool operator==(const TensorMapShape& other) const {
     return std::memcmp(this, &other, sizeof(*this)) == 0;
@@ -30,7 +30,8 @@ struct TensorMapShape {
 static_assert(sizeof(TensorMapShape) == 15 * sizeof(int64_t), "padding would be compared");
 
 template <class T>
-inline constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+inline constexpr CUtensorMapDataType kTensorMapType =
+    sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 template <>
 inline constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 
@@ -49,7 +50,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// Encode a map whose boxes lie swizzled in shared memory: chunk c of row r at c ^ (r % 8). False
+// Encode a map. Boxes lie swizzled in shared memory as SwizzledRows of 128 or 64 bytes do. False
 // where the copy engine cannot take the tensor.
 template <class T>
 bool encode_tensor_map(const TensorMapShape& shape, TensorMap& map) {
@@ -69,9 +70,11 @@ bool encode_tensor_map(const TensorMapShape& shape, TensorMap& map) {
   for (int i = 0; i + 1 < kDims; ++i) {
     strides[i] = shape.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(shape.strides[i]) : 16;
   }
+  const auto swizzle =
+      shape.box[0] * sizeof(T) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result = encode(
       reinterpret_cast<CUtensorMap*>(&map), kTensorMapType<T>, kDims, const_cast<void*>(shape.base),
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS;
 }

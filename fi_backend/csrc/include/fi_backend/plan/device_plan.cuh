@@ -6,6 +6,7 @@
 #pragma once
 
 #include <fi_backend/plan/device_plan_params.h>
+#include <fi_backend/plan/kept_parts.h>
 #include <fi_backend/plan/shared_sms.h>
 #include <fi_backend/plan/whole_items.h>
 
@@ -101,7 +102,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   int32_t items = 0;  // one for all heads
   uint32_t largest = 0;
   int64_t chunks = 0;
-  ItemsLoad whole = {0, 0, 0};
+  ItemsLoad whole = {0, 0, 0, 0};
   const int32_t num_rows = p.qo_indptr[g.num_reqs];
   RequestSpan span = load_span(begin + lane);
   FI_NO_UNROLL
@@ -156,13 +157,15 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   if (g.split > 0) chunks = sum_over_warp(lane < num_warps ? memory.warp_chunks[lane] : 0);
   const LineLoad load = {items, total, chunks, largest, num_rows, other};
   const int32_t sharing = num_sharing_blocks(g, kLine, load);
-  const int32_t active = active_workers(g, kLine, load, sharing);
+  int32_t active = active_workers(g, kLine, load, sharing);
   int32_t has_work = total > 0 ? kCutLine : kNoWork;
   if constexpr (kLine == kManyRows) {
     whole.cost = total;
     whole.num_items = sum_over_warp(lane < num_warps ? memory.warp_tiles[lane] : 0);
     whole.num_items *= g.num_kv_heads;
     whole.longest = max_over_warp(lane < num_warps ? memory.warp_longest[lane] : 0);
+    whole.num_heads = int64_t{items} * g.num_kv_heads;
+    active = kept_part_workers(g, whole, num_rows, active);
     if (deals_whole_items(g, whole, active)) has_work = kWholeItems;
   }
 
@@ -188,6 +191,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
     if constexpr (kLine == kFewRows) {
       *plan.geometry = g;
       *plan.few_row_blocks = few_row_blocks(g, load, sharing);
+      *plan.num_parts = 1;
     }
   }
   __syncthreads();
@@ -224,15 +228,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
              plan.cuts[kLine]);
 }
 
-// What the few-row line of a batch leaves to others if there is none.
-__device__ __forceinline__ void skip_few_rows(const PlannedBatch& p) {
-  const PlanView plan = view_plan(p.plan, p.geometry.num_reqs, p.geometry.num_workers);
-  *plan.geometry = p.geometry;
-  plan.has_work[kFewRows] = kNoWork;
-  *plan.few_row_blocks = 0;
-}
-
-// Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads, and one more if there are groups.
+// Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads.
 __global__ void __launch_bounds__(kPlanMaxThreads, 1)
     device_plan_kernel(const __grid_constant__ DevicePlanParams p) {
   ptx::grid_dependency_wait();
@@ -240,13 +236,10 @@ __global__ void __launch_bounds__(kPlanMaxThreads, 1)
   ptx::grid_dependency_launch();
   __shared__ PlanMemory memory;
   if (blockIdx.x == kFewRows) {
-    plan_line<kFewRows>(p.batches[0], memory);
-    return;
+    plan_line<kFewRows>(p.batch, memory);
+  } else {
+    plan_line<kManyRows>(p.batch, memory);
   }
-  const bool is_of_groups = blockIdx.x > kManyRows;
-  if (is_of_groups && threadIdx.x == 0) skip_few_rows(p.batches[1]);
-  // One body for both: a second one would make every plan slower.
-  plan_line<kManyRows>(p.batches[is_of_groups], memory);
 }
 
 }  // namespace fi

@@ -3,11 +3,10 @@
 
 #include <cuda_runtime_api.h>
 #include <fi_backend/plan/device_plan_params.h>
-#include <fi_backend/plan/shared_prefix.h>
 
 namespace fi {
 
 cudaError_t launch_device_plan(const DevicePlanParams& params, cudaStream_t stream);
-cudaError_t launch_shared_prefix(const SharedPrefixParams& params, cudaStream_t stream);
+cudaError_t launch_shared_plan(const SharedPlanParams& params, cudaStream_t stream);
 
 }  // namespace fi

@@ -1,6 +1,7 @@
 // Arguments of the device planner.
 #pragma once
 
+#include <fi_backend/plan/shared_prefix.h>
 #include <fi_backend/plan/work_line.h>
 
 namespace fi {
@@ -14,10 +15,20 @@ struct PlannedBatch {
 };
 
 struct DevicePlanParams {
-  // The step's; and groups of its requests that share pages, as requests with many rows, which is a
-  // batch of one line. plan nullptr = no groups.
-  PlannedBatch batches[2];
+  PlannedBatch batch;
   bool enable_pdl;  // launch as a programmatic dependent of the kernel before
+};
+
+// What a step's requests share is searched for, and the step planned with or without it: one batch
+// for what each request attends to by itself, and one of the groups, as requests with many rows.
+struct SharedPlanParams {
+  SharedPrefixParams search;
+  PlannedBatch batch;   // as it is, if there are no groups
+  PlannedBatch own;     // the same, with lengths that the search writes
+  PlannedBatch groups;  // lengths are written by the search too
+  int32_t* found;       // [1], scratch; 0 between launches
+  int32_t num_search_blocks;
+  bool enable_pdl;
 };
 
 }  // namespace fi

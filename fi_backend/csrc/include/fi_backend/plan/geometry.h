@@ -32,6 +32,7 @@ struct WorkGeometry {
   int32_t blocks_per_sm;     // of the few-row kernel, for few rows; 0 = all workers are active
   int32_t section_tokens;    // whose K and V, of one head, fit the L2 cache; see whole_item()
   int32_t shares_sms;        // 0 or 1: one kernel runs both lines, see shared_sms.h
+  int32_t kept_states;       // of rows, room for those of all parts of items; 0 = parts are merged
 };
 
 struct RequestLens {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fi_backend/plan/item_cuts.h>
+#include <fi_backend/plan/kept_parts.h>
 #include <fi_backend/plan/shared_sms.h>
 #include <fi_backend/plan/whole_items.h>
 
@@ -17,7 +18,7 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     int64_t* prefix = plan.prefix_cost[line];
     prefix[0] = 0;
     LineLoad load = {0, 0, 0, 0, qo_indptr[geometry.num_reqs], 0};
-    ItemsLoad items = {0, 0, 0};
+    ItemsLoad items = {0, 0, 0, 0};
     for (int32_t r = 0; r < geometry.num_reqs; ++r) {
       const RequestLens lens = request_lens(qo_indptr, kv_lens, r);
       const int64_t cost = request_cost(geometry, line, lens);
@@ -33,8 +34,10 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       }
     }
     int64_t total = items.cost = load.cost = prefix[geometry.num_reqs];
+    items.num_heads = load.num_requests * geometry.num_kv_heads;
     const int32_t sharing = num_sharing_blocks(geometry, line, load);
-    const int32_t active = active_workers(geometry, line, load, sharing);
+    int32_t active = active_workers(geometry, line, load, sharing);
+    if (line == kManyRows) active = kept_part_workers(geometry, items, load.num_rows, active);
     plan.has_work[line] = total > 0 ? kCutLine : kNoWork;
     if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load, sharing);
     if (line == kManyRows && deals_whole_items(geometry, items, active)) {
@@ -59,6 +62,11 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
       plan_start(geometry, line, r, span(r), span(r + 1), cost - prefix[r], w, plan);
     }
     plan_cuts(plan.starts[line], geometry.num_workers, plan.cuts[line]);
+  }
+  *plan.num_parts = 1;
+  for (int32_t w = 0; geometry.kept_states > 0 && w <= geometry.num_workers; ++w) {
+    const int32_t holders = plan.cuts[kManyRows][w].num_holders;
+    if (holders > *plan.num_parts) *plan.num_parts = holders;
   }
 }
 

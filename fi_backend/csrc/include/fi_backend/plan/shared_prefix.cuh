@@ -1,19 +1,19 @@
-// The search for shared prefixes on the device: writes what find_shared_prefixes() of
-// host_shared_prefix.h writes.
-//
-// A block for each request compares its pages with those of others; the last one to end forms the
-// groups. The launch depends on the number of requests alone.
+// The search for shared prefixes on the device: finds what find_match() of host_shared_prefix.h
+// finds. Blocks take requests in turn; each block looks at all requests first.
 #pragma once
 
 #include <fi_backend/plan/shared_prefix.h>
 
 #include <fi_backend/common/reduce.cuh>
-#include <fi_backend/ptx/atomic.cuh>
-#include <fi_backend/ptx/grid_dependency.cuh>
 
 namespace fi {
 
-inline constexpr int kSearchThreads = 256;
+struct SearchMemory {
+  int32_t pages[kMaxSharing];  // that each request may share
+  int32_t keys[kMaxSharing];   // its page at the first depth
+  KeyCounts counts;
+  int32_t least;
+};
 
 // The threads of a block (form_groups).
 struct BlockTeam {
@@ -29,7 +29,12 @@ struct BlockTeam {
   __device__ __forceinline__ void max_into(int32_t& largest, int32_t x) const {
     atomicMax(&largest, x);
   }
+  // Most threads of a warp say the same of the same group: one of them is enough.
   __device__ __forceinline__ void max_into(uint64_t& largest, uint64_t x) const {
+    const unsigned active = __activemask();
+    const unsigned same = __match_any_sync(active, x) &
+                          __match_any_sync(active, reinterpret_cast<uintptr_t>(&largest));
+    if (__ffs(int(same)) - 1 != int(threadIdx.x % kWarpSize)) return;
     atomicMax(reinterpret_cast<unsigned long long*>(&largest), static_cast<unsigned long long>(x));
   }
 };
@@ -65,11 +70,22 @@ __device__ __forceinline__ int32_t first_difference(const int32_t* a, const int3
   return end;
 }
 
-// All threads of the block call this. `counts` and `least` are in shared memory.
+// All threads of the block call this, as what is below.
+__device__ __forceinline__ void load_keys(const SharedPrefixParams& p, SearchMemory& memory) {
+  for (int32_t r = threadIdx.x; r < num_searched(p.geometry.num_reqs); r += blockDim.x) {
+    const int32_t pages = sharable_pages(p, r);
+    memory.pages[r] = pages;
+    memory.keys[r] = pages > 0 ? p.pages.pages_of(r)[key_depth(p, 0) - 1] : 0;
+  }
+  __syncthreads();
+}
+
 __device__ __forceinline__ PrefixMatch find_match(const SharedPrefixParams& p, int32_t request,
-                                                  KeyCounts& counts, int32_t& least) {
-  const int32_t mine = request < kMaxSharing ? sharable_pages(p, request) : 0;
+                                                  SearchMemory& memory) {
+  const int32_t mine = memory.pages[request];
   if (mine == 0) return {-1, 0};
+  KeyCounts& counts = memory.counts;
+  __syncthreads();  // nobody reads what they were
   if (threadIdx.x < kKeyDepths) {
     counts.count[threadIdx.x] = 0;
     counts.first[threadIdx.x] = request;
@@ -77,6 +93,7 @@ __device__ __forceinline__ PrefixMatch find_match(const SharedPrefixParams& p, i
   __syncthreads();
   const int32_t* table = p.pages.pages_of(request);
   for (int32_t r = threadIdx.x; r < num_searched(p.geometry.num_reqs); r += blockDim.x) {
+    if (memory.pages[r] == 0 || memory.keys[r] != memory.keys[request]) continue;
     const int depths = num_like_keys(p, table, mine, r);
     for (int depth = 0; depth < depths; ++depth) {
       atomicAdd(&counts.count[depth], 1);
@@ -86,33 +103,32 @@ __device__ __forceinline__ PrefixMatch find_match(const SharedPrefixParams& p, i
   __syncthreads();
   const int32_t leader = choose_leader(p, counts, request);
   if (leader == request) return {request, mine};
-  const int32_t end = min(mine, sharable_pages(p, leader));
+  const int32_t end = min(mine, memory.pages[leader]);
   const int32_t differs = first_difference(p.pages.pages_of(leader), table, end);
-  const int32_t common = least_of_block(differs, least);
+  const int32_t common = least_of_block(differs, memory.least);
   return common < p.min_pages ? PrefixMatch{request, mine} : PrefixMatch{leader, common};
 }
 
-// Grid: a block for each request.
-__global__ void __launch_bounds__(kSearchThreads)
-    shared_prefix_kernel(const __grid_constant__ SharedPrefixParams p) {
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  __shared__ PrefixGroups groups;
-  __shared__ KeyCounts counts;
-  __shared__ int32_t least;
-  __shared__ bool is_last;
-  const int32_t request = blockIdx.x;
-  const PrefixMatch match = find_match(p, request, counts, least);
-  if (threadIdx.x == 0) {
-    p.own_lens[request] = p.kv_lens[request];
-    p.first_pages[request] = 0;
-    p.first_rows[request] = 0;
-    p.matches[request] = match;
-    // Whoever counts last sees what all have written.
-    is_last = ptx::atomic_count_acq_rel(p.finished, gridDim.x - 1) == gridDim.x - 1;
+// Search for block `block` of num_blocks. True if one of its requests has something in common with
+// another.
+__device__ __forceinline__ bool find_matches(const SharedPrefixParams& p, int32_t block,
+                                             int32_t num_blocks, SearchMemory& memory) {
+  const int32_t num_reqs = p.geometry.num_reqs;
+  // What requests are that share nothing.
+  for (int32_t r = block * int32_t(blockDim.x) + int32_t(threadIdx.x); r < num_reqs;
+       r += num_blocks * int32_t(blockDim.x)) {
+    p.own_lens[r] = p.kv_lens[r];
+    p.first_pages[r] = 0;
+    p.first_rows[r] = 0;
   }
-  __syncthreads();
-  if (is_last) form_groups(BlockTeam(), p, groups);
+  load_keys(p, memory);
+  bool has_match = false;
+  for (int32_t request = block; request < num_searched(num_reqs); request += num_blocks) {
+    const PrefixMatch match = find_match(p, request, memory);
+    if (threadIdx.x == 0) p.matches[request] = match;
+    has_match |= match.leader >= 0 && match.leader != request;
+  }
+  return has_match;
 }
 
 }  // namespace fi

@@ -23,6 +23,9 @@ namespace fi {
 constexpr int kMaxSharing = 1024;  // requests that are looked at; others keep to themselves
 // Packed rows that attend to a page in the time in which it is read once.
 constexpr int kRowsPerReading = 64;
+// Query rows of groups whose states take as long to be written and merged as all else that groups
+// cost a layer.
+constexpr int kRowsWorthAsMuch = 352;
 
 // What two requests have in common.
 struct PrefixMatch {
@@ -39,7 +42,7 @@ struct SharedPrefixParams {
   int32_t min_pages;         // that a group has in common, at least 1
   int32_t max_rows;          // of all groups
   int64_t worth_keys;        // that a step must not read because of its groups, summed
-                             // over kv heads
+                             // over kv heads, if these had few rows
   // Written. Requests of no group have first_pages 0; groups that do not exist have no rows.
   int32_t* own_lens;      // [num_reqs], keys that a request attends to by itself
   int32_t* first_pages;   // [num_reqs], pages before those
@@ -51,7 +54,6 @@ struct SharedPrefixParams {
   // Scratch.
   PrefixMatch* matches;  // [num_reqs]
   int32_t* finished;     // [1], thread blocks; 0 between launches
-  bool enable_pdl;
 };
 
 FI_HOST_DEVICE int32_t num_searched(int32_t num_reqs) {
@@ -93,11 +95,14 @@ FI_HOST_DEVICE int num_like_keys(const SharedPrefixParams& p, const int32_t* tab
   const int32_t end = theirs < pages ? theirs : pages;
   if (end == 0) return 0;
   const int32_t* other_table = p.pages.pages_of(other);
-  int depth = 0;
-  while (depth < kKeyDepths && key_depth(p, depth) <= end &&
-         table[key_depth(p, depth) - 1] == other_table[key_depth(p, depth) - 1]) {
-    ++depth;
+  // All are loaded at once.
+  bool is_like[kKeyDepths];
+  for (int depth = 0; depth < kKeyDepths; ++depth) {
+    const int64_t key = key_depth(p, depth);
+    is_like[depth] = key <= end && table[key - 1] == other_table[key - 1];
   }
+  int depth = 0;
+  while (depth < kKeyDepths && is_like[depth]) ++depth;
   return depth;
 }
 
@@ -238,9 +243,9 @@ FI_HOST_DEVICE void write_member(const SharedPrefixParams& p, const PrefixGroups
 }
 
 // Form groups from p.matches, and write them. All threads of the team call this; for_each() ends
-// with a barrier among them.
+// with a barrier among them. True if there are groups.
 template <class Team>
-FI_TEAM_FUNCTION void form_groups(const Team& team, const SharedPrefixParams& p,
+FI_TEAM_FUNCTION bool form_groups(const Team& team, const SharedPrefixParams& p,
                                   PrefixGroups& groups) {
   const int32_t n = num_searched(p.geometry.num_reqs);
   team.for_each(1, [&](int32_t) {
@@ -255,20 +260,22 @@ FI_TEAM_FUNCTION void form_groups(const Team& team, const SharedPrefixParams& p,
     if (match.leader >= 0 && match.leader != r) team.add_into(groups.num_matches, 1);
   });
   if (groups.num_matches > 0) find_members(team, p, groups, n);
-  const int32_t num_groups = groups.saved_keys >= p.worth_keys ? groups.num_groups : 0;
+  const int64_t of_rows = divide_index(p.worth_keys * groups.end_row, kRowsWorthAsMuch).quot;
+  const int32_t num_groups = groups.saved_keys >= p.worth_keys + of_rows ? groups.num_groups : 0;
   // Groups that do not exist are behind the others.
   team.for_each(max_groups(p.geometry.num_reqs) + 1, [&](int32_t i) {
     if (i == 0 || i > num_groups) p.group_indptr[i] = num_groups > 0 && i > 0 ? groups.end_row : 0;
     if (i >= num_groups) p.group_tables[i] = 0;
     if (i >= num_groups && i < max_groups(p.geometry.num_reqs)) p.group_lens[i] = 0;
   });
-  if (num_groups == 0) return;
+  if (num_groups == 0) return false;
   team.for_each(n, [&](int32_t r) {
     if (groups.members[r] > 0) write_group(p, groups, r);
     if (groups.qo_lens[r] > 0 && groups.members[groups.matches[r].leader] > 0) {
       write_member(p, groups, r);
     }
   });
+  return true;
 }
 
 }  // namespace fi

@@ -19,7 +19,8 @@ constexpr int kWholeItems = 2;  // PlanView::prefix_cost counts the query tiles 
 struct ItemsLoad {
   int64_t cost;
   int64_t num_items;
-  int64_t longest;  // cost of an item
+  int64_t longest;    // cost of an item
+  int64_t num_heads;  // whose K and V they read, of all requests
 };
 
 // True if all items are dealt whole: they cannot be cut, or that takes little longer than equal
@@ -29,6 +30,7 @@ FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& lo
   constexpr int kMergeTokens = 640;   // keys in the time it takes to write parts and merge them
   constexpr int kMaxItems = 1 << 30;  // for short divisions when they are dealt
   if (g.blocks_per_sm == 0 || load.num_items == 0 || load.num_items > kMaxItems) return false;
+  if (g.kept_states > 0) return workers == 0;  // see kept_part_workers()
   if (g.split != 0) return true;
   const int64_t share = divide_index(load.cost, workers).quot;
   const int64_t mean = divide_index(load.cost, load.num_items).quot;
@@ -39,7 +41,12 @@ FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& lo
   const int64_t tail = shortest >= 0
                            ? divide_index(shortest * (workers - in_last_round), workers).quot
                            : load.longest / 2;
-  const int64_t parts = share + share / 16 + kMergeTokens / kCostTokens * unit_cost(g.tile_rows);
+  // Items of a head begin together, their parts at different keys. So parts read from memory what
+  // L2 has no room for, and that takes longer than the arithmetic.
+  const int64_t cost_in_l2 = g.section_tokens / kCostTokens * unit_cost(g.tile_rows);
+  const int64_t from_memory = load.num_heads * load.longest > cost_in_l2 ? share / 3 : 0;
+  const int64_t merging = kMergeTokens / kCostTokens * unit_cost(g.tile_rows);
+  const int64_t parts = share + share / 16 + from_memory + merging;
   return max64(load.longest, share + tail) <= parts;
 }
 

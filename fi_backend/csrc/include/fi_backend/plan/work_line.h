@@ -61,6 +61,7 @@ struct PlanView {
   WorkGeometry* geometry;
   int32_t* has_work;                // [kNumLines], 0 if the line has no item; see whole_items.h
   int32_t* few_row_blocks;          // [1], see few_row_blocks()
+  int32_t* num_parts;               // [1], most parts of an item where they are kept (kept_parts.h)
   int64_t* prefix_cost[kNumLines];  // [num_reqs + 1], cost of the line's requests before r
   LinePosition* starts[kNumLines];  // [num_workers + 1]
   ItemCut* cuts[kNumLines];         // [num_workers + 1]; {w, 0, 1} where w begins at an item's edge
@@ -72,6 +73,8 @@ struct PlanView {
 constexpr int kPlanHeaderInts = 20;
 constexpr int kHasWorkInt = 16;  // places in the header
 constexpr int kFewRowBlocksInt = kHasWorkInt + kNumLines;
+constexpr int kNumPartsInt = kFewRowBlocksInt + 1;
+static_assert(kNumPartsInt < kPlanHeaderInts, "header too small");
 static_assert(sizeof(WorkGeometry) <= kHasWorkInt * sizeof(int32_t), "header too small");
 
 FI_HOST_DEVICE int64_t plan_ints(int64_t num_reqs, int64_t num_workers) {
@@ -83,6 +86,7 @@ FI_HOST_DEVICE PlanView view_plan(int32_t* buffer, int32_t num_reqs, int32_t num
   plan.geometry = reinterpret_cast<WorkGeometry*>(buffer);
   plan.has_work = buffer + kHasWorkInt;
   plan.few_row_blocks = buffer + kFewRowBlocksInt;
+  plan.num_parts = buffer + kNumPartsInt;
   const int64_t num_costs = int64_t{num_reqs} + 1;
   const int64_t num_starts = int64_t{num_workers} + 1;
   auto* cost = reinterpret_cast<int64_t*>(buffer + kPlanHeaderInts);

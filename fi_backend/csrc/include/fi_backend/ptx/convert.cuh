@@ -1,6 +1,7 @@
 // Conversions of packed small floats.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <fi_backend/common/macros.h>
 
@@ -50,6 +51,23 @@ __device__ __forceinline__ void widen_fp8x4<__nv_fp8_e4m3>(uint32_t word, uint32
   low = widen(permute_bytes(word, 0, 0x1404));
   high = widen(permute_bytes(word, 0, 0x3424));
 #endif
+}
+
+// The four e4m3 values of a word as bf16, exactly but for NaN, which comes out as 480.
+__device__ __forceinline__ void widen_e4m3x4_to_bf16(uint32_t word, uint32_t& low, uint32_t& high) {
+  // A byte and its sign, eight times, in a half: shifted, with what is left of the sign, it has the
+  // layout of bf16, and a product mends the exponent's bias. bf16 subnormals are exact.
+  const auto widen = [](uint32_t x) {
+    const uint32_t bits = x << 4 & 0x87f087f0u;
+    const __nv_bfloat162 value =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits),
+                __bfloat162bfloat162(__ushort_as_bfloat16(0x7b80)));  // 2^120
+    return reinterpret_cast<const uint32_t&>(value);
+  };
+  asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(low) : "r"(word));
+  asm("prmt.b32 %0, %1, 0, 0xb3a2;" : "=r"(high) : "r"(word));
+  low = widen(low);
+  high = widen(high);
 }
 
 // Two floats, rounded to nearest, as a pair: `low` in the lower half.

@@ -74,10 +74,13 @@ class Attend {
     }
   }
 
-  // The first tile of some keys of an item.
+  // The first tile of some keys of an item. Tiles of the many-row line end at multiples of their
+  // size, or those of a windowed row would lie where the rows beside it want them.
   static KeyRange tile_of(const WorkPiece& piece, KvRange tokens) {
     const int32_t left = tokens.end - tokens.begin;
-    return {piece.request, piece.kv_head, tokens.begin, std::min<int32_t>(Shape::kKeys, left)};
+    const int32_t before = Shape::kLine == kManyRows ? tokens.begin % Shape::kKeys : 0;
+    const int32_t count = std::min<int32_t>(Shape::kKeys - before, left);
+    return {piece.request, piece.kv_head, tokens.begin, count};
   }
 
   // Store the state: [num_rows, kVo + kPartialTail].
@@ -136,10 +139,11 @@ class Attend {
     const PriorStates& prior = params_.prior;
     for (int row = 0; row < piece_.num_rows; ++row) {
       const PackedRow& packed = queries_.packed_row(row);
-      const int64_t at =
-          int64_t{prior.first_rows[piece_.request] + packed.token} * params_.num_qo_heads +
-          packed.head;
-      merge_row(row, prior.out + at * Shape::kVo, prior.lse[at], 1.0f);
+      const int64_t first = prior.first_rows[piece_.request] + packed.token;
+      for (int32_t part = 0; part < *prior.num_parts; ++part) {
+        const int64_t at = (first * *prior.num_parts + part) * params_.num_qo_heads + packed.head;
+        merge_row(row, prior.out + at * Shape::kVo, prior.lse[at], 1.0f);
+      }
     }
   }
   // Add the state of a row to the current one: values relative to 2^max, with their sum of weights.

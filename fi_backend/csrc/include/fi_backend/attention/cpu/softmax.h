@@ -45,9 +45,11 @@ struct RowBlock {
 
 inline VecI load_ints(const int32_t* p) { return load_bytes<VecI>(p); }
 
-// Turn products into logits, in units of `unit`, and put -inf where a row does not see a key.
-inline void transform_logits(const RowBlock& block, const LogitTransform& x, float unit, float* s,
-                             int num_vectors, int32_t first_key, int32_t end_key) {
+// Turn products into logits, in units of `unit`, unless that is left for later, and put -inf where
+// a row does not see a key.
+inline void transform_logits(const RowBlock& block, const LogitTransform& x, float unit,
+                             bool is_left_for_later, float* s, int num_vectors, int32_t first_key,
+                             int32_t end_key) {
   const int lanes = block.num_lanes();
   const int step = block.keys_per_vector();
   for (int c = 0; c < lanes; c += kLanes) {
@@ -60,10 +62,13 @@ inline void transform_logits(const RowBlock& block, const LogitTransform& x, flo
     for (int u = 0; u < num_vectors; ++u) {
       const int32_t key = first_key + u * step;
       float* p = s + u * lanes + c;
-      VecF v = load(p) * x.scale;
-      if (x.soft_cap != 0) v = x.soft_cap * tanh(v / x.soft_cap);
-      v = v * unit;
-      if (x.has_alibi) v = fma(__builtin_convertvector(key - position, VecF), slope, v);
+      VecF v = load(p);
+      if (!is_left_for_later) {
+        v = v * x.scale;
+        if (x.soft_cap != 0) v = x.soft_cap * tanh(v / x.soft_cap);
+        v = v * unit;
+        if (x.has_alibi) v = fma(__builtin_convertvector(key - position, VecF), slope, v);
+      }
       const VecI visible = (key >= first) & (key <= last) & (key + offset < end_key);
       store(p, select(visible, v, broadcast(-INFINITY)));
     }
@@ -135,12 +140,14 @@ int softmax_tile(const RowBlock& block, const LogitTransform& x, const BlockVari
   const int step = block.keys_per_vector();
   const int num_vectors = (num_keys + step - 1) / step;
   const int32_t end_key = first_key + num_keys;
-  float scale = x.scale * kLog2e;
-  if (BlockVariant::kHasScores || !x.is_scale_only() || first_key < block.all_begin ||
-      end_key > block.all_end || num_vectors * step != num_keys) {
-    transform_logits(block, x, BlockVariant::kLogitUnit, s, num_vectors, first_key, end_key);
+  // In masked tiles too, or a row's bits would depend on what the rows beside it see.
+  const bool is_scaled_late = !BlockVariant::kHasScores && x.is_scale_only();
+  const float scale = is_scaled_late ? x.scale * kLog2e : 1.0f;
+  if (!is_scaled_late || first_key < block.all_begin || end_key > block.all_end ||
+      num_vectors * step != num_keys) {
+    transform_logits(block, x, BlockVariant::kLogitUnit, is_scaled_late, s, num_vectors, first_key,
+                     end_key);
     if (x.mask != nullptr) apply_custom_mask(block, x, s, num_vectors, first_key, end_key);
-    scale = 1.0f;
   }
   if constexpr (BlockVariant::kHasScores) variant.make_scores(block, s, num_vectors, first_key);
   if constexpr (!BlockVariant::kUsesSoftmax) {

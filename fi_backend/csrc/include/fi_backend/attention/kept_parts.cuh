@@ -1,0 +1,33 @@
+// Parts of items that are kept (plan/kept_parts.h): a row has a state for each, one after the other
+// in out and lse.
+#pragma once
+
+#include <fi_backend/attention/variant.h>
+
+#include <fi_backend/attention/many_rows_shape.cuh>
+
+namespace fi {
+
+// Where a row of an item's tile goes in out and lse.
+template <class Variant>
+__device__ __forceinline__ int64_t output_index(const AttentionParams& p, const ManyRowsItem& item,
+                                                const LogitRow& row) {
+  const int64_t index = int64_t{item.piece.qo_begin} + row.qo_idx;
+  if constexpr (!kKeepsParts<Variant>) return index;
+  return index * p.plan[kNumPartsInt] + (item.piece.whole() ? 0 : item.holders.rank);
+}
+
+// Say that there are no parts after an item's last one. lse: that of a row of the part at hand.
+template <class Variant>
+__device__ __forceinline__ void clear_missing_parts(const AttentionParams& p,
+                                                    const ManyRowsItem& item, float* lse) {
+  if constexpr (!kKeepsParts<Variant>) return;
+  const int rank = item.piece.whole() ? 0 : item.holders.rank;
+  const int count = item.piece.whole() ? 1 : item.holders.count;
+  if (rank + 1 < count) return;
+  for (int part = count; part < p.plan[kNumPartsInt]; ++part) {
+    lse[(part - rank) * p.lse_row_stride] = minus_infinity();
+  }
+}
+
+}  // namespace fi

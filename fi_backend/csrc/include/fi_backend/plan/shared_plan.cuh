@@ -1,0 +1,109 @@
+// Plans of a step whose requests may share pages, in one launch that depends on capacities alone.
+//
+// While two blocks plan the step as if nothing were shared, others search. Most steps end with
+// that. The block that ends last forms the groups, if there are any, and plans again: the lines of
+// what each request attends to by itself, and that of the groups.
+#pragma once
+
+#include <fi_backend/plan/device_plan.cuh>
+#include <fi_backend/plan/shared_prefix.cuh>
+#include <fi_backend/ptx/atomic.cuh>
+
+namespace fi {
+
+union SharedPlanMemory {
+  PlanMemory plan;
+  SearchMemory search;
+  PrefixGroups groups;
+};
+
+// The plan of no groups.
+__device__ __forceinline__ void plan_no_groups(const PlannedBatch& groups) {
+  const WorkGeometry& g = groups.geometry;
+  const PlanView plan = view_plan(groups.plan, g.num_reqs, g.num_workers);
+  if (threadIdx.x == 0) {
+    *plan.geometry = g;
+    plan.has_work[kFewRows] = plan.has_work[kManyRows] = kNoWork;
+    *plan.few_row_blocks = 0;
+    *plan.num_parts = 1;
+  }
+  for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
+    plan_end(g, kManyRows, w, plan);
+  }
+}
+
+// Write how many parts the items of the groups have at most. All threads call this behind their
+// plan: each reads the cuts that it has written. `most` is in shared memory, at least 1.
+__device__ __forceinline__ void write_num_parts(const PlannedBatch& groups, int32_t& most) {
+  const WorkGeometry& g = groups.geometry;
+  const PlanView plan = view_plan(groups.plan, g.num_reqs, g.num_workers);
+  int32_t holders = 1;
+  for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
+    holders = max(holders, plan.cuts[kManyRows][w].num_holders);
+  }
+  holders = __reduce_max_sync(kFullWarp, holders);
+  if (threadIdx.x % kWarpSize == 0) atomicMax(&most, holders);
+  __syncthreads();
+  if (threadIdx.x == 0) *plan.num_parts = most;
+}
+
+// Whether all other blocks have ended, and some request has something in common with another. The
+// counters are 0 again then. `flag` is in shared memory.
+__device__ __forceinline__ bool ends_last_with_matches(const SharedPlanParams& p, bool& flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // Between two barriers, this orders what all blocks have written before what the last one
+    // reads.
+    const uint32_t last = gridDim.x - 1;
+    flag = false;
+    if (ptx::atomic_count_acq_rel(p.search.finished, last) == last) {
+      flag = __ldcg(p.found) != 0;
+      *p.found = 0;
+    }
+  }
+  __syncthreads();
+  return flag;
+}
+
+// Grid: kNumLines + num_search_blocks blocks of whole warps, up to kPlanMaxThreads.
+__global__ void __launch_bounds__(kPlanMaxThreads, 1)
+    shared_plan_kernel(const __grid_constant__ SharedPlanParams p) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  __shared__ SharedPlanMemory memory;
+  __shared__ int32_t num_parts;
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) num_parts = 1;
+  const PlannedBatch* batch = &p.batch;
+  int line = min(int(blockIdx.x), kNumLines);
+  if (line == kManyRows) plan_no_groups(p.groups);
+  // One body for each line, whatever is planned.
+  while (true) {
+    if (line == kFewRows) {
+      plan_line<kFewRows>(*batch, memory.plan);
+    } else if (line == kManyRows) {
+      plan_line<kManyRows>(*batch, memory.plan);
+    } else if (find_matches(p.search, blockIdx.x - kNumLines, p.num_search_blocks, memory.search)) {
+      *p.found = 1;
+    }
+    if (batch == &p.batch) {
+      if (!ends_last_with_matches(p, is_last)) return;
+      if (!form_groups(BlockTeam(), p.search, memory.groups)) return;
+      batch = &p.own;
+      line = kFewRows;
+    } else if (batch == &p.groups) {
+      break;
+    } else {
+      // Without requests of many rows, their line is what it was.
+      const PlanView plan =
+          view_plan(p.own.plan, p.own.geometry.num_reqs, p.own.geometry.num_workers);
+      const bool has_many_rows = line == kFewRows && __ldcg(plan.has_work + kManyRows) != kNoWork;
+      if (!has_many_rows) batch = &p.groups;
+      line = kManyRows;
+    }
+    __syncthreads();
+  }
+  write_num_parts(p.groups, num_parts);
+}
+
+}  // namespace fi

@@ -1,0 +1,102 @@
+"""Plans of items whose parts keep states of their own: there is room for all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
+from tests.kernels.plan_step import HAS_WORK, HEADER
+
+NUM_PARTS = 19  # place in the header
+CUT_LINE, WHOLE_ITEMS = 1, 2
+MOST_PARTS = 16
+MANY_ROWS = 1  # line
+
+
+def plan_parts(
+    qo_lens: list[int],
+    kv_lens: list[int],
+    *,
+    states: int,
+    num_workers: int = 396,
+    num_kv_heads: int = 8,
+    target: Literal["cuda", "sm_90"] = "sm_90",
+) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+    """Plan groups of 32/8 heads; return has_work, num_parts and the line's starts and cuts."""
+    size = plan_buffer_ints(max_reqs=len(qo_lens), num_workers=num_workers)
+    plan = torch.full((size,), -7, dtype=torch.int32)
+    host_plan(
+        plan_buffer=plan,
+        qo_indptr=torch.tensor([0, *qo_lens]).cumsum(0).to(torch.int32),
+        kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
+        num_qo_heads=4 * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim_qk=128,
+        head_dim_vo=128,
+        q_dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
+        causal=False,
+        window_left=-1,
+        num_workers=num_workers,
+        split=0,
+        many_rows_only=True,
+        kept_states=states,
+        target=target,
+    )
+    costs, records = 2 * (len(qo_lens) + 1), 4 * (num_workers + 1)
+    first = HEADER + 2 * costs
+    starts, cuts = plan[first : first + 4 * records].view(2, 2, num_workers + 1, 4)[:, MANY_ROWS]
+    return int(plan[HAS_WORK + MANY_ROWS]), int(plan[NUM_PARTS]), starts, cuts
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 70000)), min_size=1, max_size=12),
+    st.integers(1, 20),
+    st.integers(1, 400),
+    st.sampled_from(["cuda", "sm_90"]),
+)
+@settings(deadline=None, max_examples=200)
+def test_states_of_all_parts_fit(
+    groups: list[tuple[int, int]],
+    room: int,
+    num_workers: int,
+    target: Literal["cuda", "sm_90"],
+) -> None:
+    qo_lens, kv_lens = [rows for rows, _ in groups], [length for _, length in groups]
+    states = room * sum(qo_lens)
+    has_work, num_parts, starts, cuts = plan_parts(
+        qo_lens,
+        kv_lens,
+        states=states,
+        num_workers=num_workers,
+        target=target,
+    )
+    assert 1 <= num_parts <= min(room, MOST_PARTS)
+    assert num_parts == int(cuts[:, 2].max())
+    # Places inside of one item are cuts of it, and make one part more than there are.
+    inside = {tuple(start) for start in starts.tolist() if start[3] > 0}
+    items = [start[:3] for start in inside]
+    assert num_parts == 1 + max((items.count(item) for item in items), default=0)
+    assert has_work == (CUT_LINE if room > 1 else WHOLE_ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "num_parts"),
+    [
+        (128, 8192, 4),
+        (32, 2048, 8),
+        (256, 32768, 2),
+        (16, 16384, 14),
+        (16, 1024, 4),
+        (32, 256, 1),
+    ],
+)
+def test_equal_items_have_as_many_parts_as_keep_the_processors_busy(
+    rows: int, length: int, num_parts: int
+) -> None:
+    assert plan_parts([rows], [length], states=2048)[1] == num_parts
