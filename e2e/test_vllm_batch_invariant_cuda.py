@@ -36,7 +36,6 @@ ENGINE: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 30,
     "gpu_memory_utilization": 0.02,
     "enable_flashinfer_autotune": False,
-    "max_num_seqs": 256,
     # vLLM switches it off for backends of the name FLASHINFER, so ours is asked for as CUSTOM.
     "enable_prefix_caching": True,
 }
@@ -60,7 +59,8 @@ def result(
 
     def run(name: str, backend: str, step_tokens: int, asked: list[Any]) -> Result:
         batches = [Batch([PROMPTS[i] for i in which], TOKENS, logprobs=4) for which in asked]
-        engine = {**ENGINE, "max_num_batched_tokens": step_tokens}
+        steps = {"max_num_batched_tokens": step_tokens, "max_num_seqs": min(step_tokens, 256)}
+        engine = {**ENGINE, **steps}
         task = Task(name, folder, backend, batches, "bfloat16", engine)
         place = Path(directory, name.replace(" ", "-"))
         return run_engines([task], place, environment=ENVIRONMENT)[name]

@@ -202,11 +202,9 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     plan = jit.load(specs["plan"])
     lens = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
-        plan.device_plan(
-            *(lens, lens, lens[1:], *[None] * 4, 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3)
-        )
+        plan.device_plan(*(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3))
     decode = jit.load(specs["decode"])
     with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
         decode.run(
-            x, x, x, x, None, x, x, x, x, *[None] * 15, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False
+            x, x, x, x, None, x, x, x, x, *[None] * 16, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False
         )

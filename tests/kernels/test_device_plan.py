@@ -35,8 +35,7 @@ def plan(cuda_module: Any) -> Plan:
         out = step.buffer().cuda() if buffer is None else buffer
         g = step.geometry()
         same_types = g.pop("q_dtype") == g.pop("kv_dtype")
-        no_groups = [None] * 4  # nor pages that requests skip
-        module.device_plan(out, *tensors.values(), *no_groups, *g.values(), same_types, enable_pdl)
+        module.device_plan(out, *tensors.values(), *g.values(), same_types, enable_pdl)
         return out
 
     return launch

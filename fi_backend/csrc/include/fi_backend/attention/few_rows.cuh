@@ -179,7 +179,6 @@ class FewRowsCompute {
     constexpr int kInFlight = 4;  // loads that cover each other's latency
     const AttentionParams& a = p_.attention;
     const int count = unit.prior_parts;
-    ptx::grid_dependency_wait();
     RowPart merged = empty_part();
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kInFlight) {
@@ -308,9 +307,7 @@ __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* sh
   } else if (threadIdx.x == kWarpSize) {
     init_slots(shared.unit_barriers, Traits::kUnitSlots, kUnitArrivals, Traits::kComputeWarps);
   }
-  // The kernel for what groups share starts this one when those before it have ended: only its
-  // states have to be waited for.
-  if (p.attention.prior.out == nullptr) ptx::grid_dependency_wait();
+  ptx::grid_dependency_wait();
   if (threadIdx.x < Traits::kComputeThreads) {
     __syncthreads();  // the other warp begins with loads
     FewRowsCompute<Traits>(p, shared, rings).run();

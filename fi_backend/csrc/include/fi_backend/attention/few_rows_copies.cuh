@@ -57,8 +57,6 @@ class FewRowsCopies {
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     }
     if (copies_units()) publish_end();
-    // Whatever comes next takes the kernel before for ended when this one has.
-    ptx::grid_dependency_wait();
     // Not before: thread blocks of the next kernel would take the places of those that have nothing
     // to do, and so share fewer SMs among them.
     ptx::grid_dependency_launch();

@@ -4,6 +4,7 @@
 
 #include <fi_backend/attention/variant.h>
 
+#include <fi_backend/attention/logits.cuh>
 #include <fi_backend/attention/many_rows_shape.cuh>
 
 namespace fi {

@@ -110,8 +110,6 @@ template <class Traits>
 __global__ void __launch_bounds__(kSm90LaunchBound<Traits>, 1)
     many_rows_sm90_kernel(const __grid_constant__ ManyRowsSm90Params params) {
   ptx::grid_dependency_wait();
-  // What reads the parts waits for them where it needs them, and works on other keys before that.
-  if constexpr (kKeepsParts<typename Traits::Variant>) ptx::grid_dependency_launch();
 #if FI_HAS_WGMMA
   extern __shared__ __align__(1024) uint8_t sm90_shared_memory[];
   auto& memory = *reinterpret_cast<Sm90Memory<Traits>*>(sm90_shared_memory);
