@@ -214,11 +214,12 @@ def release() -> None:
     cleanup_dist_env_and_memory()
 
 
-def main() -> None:
+def main(run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Run each task of the job, and write what it returns."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    results = {task["name"]: run_task(task) for task in job}
+    results = {task["name"]: run(task) for task in job}
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    main(run_task)

@@ -7,12 +7,9 @@ Nothing in a worker can be watched from here but its counters.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-from e2e.engine import make_engine, release, run_batch
+from e2e.engine import main, make_engine, release, run_batch
 
 
 def run_task(task: dict[str, Any]) -> dict[str, Any]:
@@ -25,11 +22,5 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    results = {task["name"]: run_task(task) for task in job}
-    Path(sys.argv[2]).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    main(run_task)

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,19 @@ from e2e import workloads
 from e2e.harness import ENVIRONMENT
 from e2e.workloads import Workload
 
-__all__ = ["SAMPLER", "Answer", "Child", "Engine", "serve", "without_compiling"]
+__all__ = [
+    "SAMPLER",
+    "Answer",
+    "Batch",
+    "Child",
+    "Engine",
+    "answer_batches",
+    "serve",
+    "without_compiling",
+]
 
 Answer = dict[str, Any]
+Batch = dict[str, Any]  # prompts, and max_tokens of all or of each
 SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it would be compiled for a minute
 # What an engine that does not compile captures: steps of decodes, from the model as it is.
 _WITHOUT_COMPILING = {
@@ -144,6 +154,28 @@ class Engine(Child):
         super().__init__(["e2e.throughput", "--serve"], task, log, variables)
 
 
+def answer_batches(requests: Iterable[str], run: Callable[[Batch, str], Answer]) -> None:
+    """Child process: say that the engine is ready, then run a batch for each line.
+
+    Args:
+        requests: lines of Child.run().
+        run: takes a batch and its kind, and returns the answer; what comes before a batch, to fill
+            the cache with its prefix, is of the kind "prefix".
+    """
+    print("ANSWER {}", flush=True)
+    for line in requests:
+        request = json.loads(line)
+        workload, number = workloads.find(request["workload"]), request["round"]
+        batch = workload.requests(number)
+        if request["kind"] == "small":
+            batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
+        elif workload.prefix is not None:
+            run({"prompts": [workload.prefix(number)], "max_tokens": 1}, "prefix")
+        prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
+        answer = run({"prompts": prompts, "max_tokens": lengths}, request["kind"])
+        print("ANSWER", json.dumps(answer), flush=True)
+
+
 def serve(requests: Iterable[str]) -> None:
     """Child process: build the engine that the first line describes, run a batch per line."""
     import vllm
@@ -158,20 +190,14 @@ def serve(requests: Iterable[str]) -> None:
         worker_extension_cls=EXTENSION,
         **json.loads(next(lines)),
     )
-    print("ANSWER {}", flush=True)
-    for line in lines:
-        request = json.loads(line)
-        workload, number = workloads.find(request["workload"]), request["round"]
-        batch = workload.requests(number)
-        if request["kind"] == "small":
-            batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
-        elif workload.prefix is not None:
-            run_batch(engine, {"prompts": [workload.prefix(number)], "max_tokens": 1})
-        prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
-        trace = StepTrace(engine) if request["kind"] == "traced" else None
-        result = run_batch(engine, {"prompts": prompts, "max_tokens": lengths})
+
+    def run(batch: Batch, kind: str) -> Answer:
+        trace = StepTrace(engine) if kind == "traced" else None
+        result = run_batch(engine, batch)
         answer = {key: result[key] for key in ("seconds", "tokens")}
         answer["counters"] = engine.collective_rpc("fi_backend_counters")[0]
         if trace is not None:
             answer["trace"] = trace.summary()
-        print("ANSWER", json.dumps(answer), flush=True)
+        return answer
+
+    answer_batches(lines, run)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from e2e import workloads
 from e2e.harness import ENVIRONMENT
-from e2e.served import Answer, Child
+from e2e.served import Answer, Child, answer_batches
 from e2e.sglang_site import CPU_ENVIRONMENT, sglang_path
 from e2e.workloads import Workload
 
@@ -83,18 +82,7 @@ def serve(requests: Iterable[str]) -> None:
     lines = iter(requests)
     fixed = {"skip_tokenizer_init": True, "sampling_backend": "pytorch", "random_seed": 0}
     engine = Engine(**fixed, log_level="info", **json.loads(next(lines)))
-    print("ANSWER {}", flush=True)
-    for line in lines:
-        request = json.loads(line)
-        workload, number = workloads.find(request["workload"]), request["round"]
-        batch = workload.requests(number)
-        if request["kind"] == "small":
-            batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
-        elif workload.prefix is not None:
-            generate(engine, {"prompts": [workload.prefix(number)], "max_tokens": 1})
-        prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
-        answer = generate(engine, {"prompts": prompts, "max_tokens": lengths})
-        print("ANSWER", json.dumps(answer), flush=True)
+    answer_batches(lines, lambda batch, _: generate(engine, batch))
     engine.shutdown()
 
 

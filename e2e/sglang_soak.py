@@ -28,7 +28,7 @@ import torch
 from e2e.conftest import FI_TINY
 from e2e.harness import ROOT
 from e2e.sglang_served import engine_environment
-from e2e.soak import MAX_GROWN_BYTES, PROBE, PROBE_TOKENS, Soak
+from e2e.soak import MAX_GROWN_BYTES, PROBE, Soak
 
 __all__ = ["main", "soak"]
 
@@ -107,21 +107,7 @@ def soak_here(minutes: float, backend: str, page_size: int) -> dict[str, Any]:
         **_ENGINE,
         **({} if on_gpu else eager),
     )
-    traffic = SGLangSoak(engine)
-    traffic.run(60 * minutes / 4, probe_every=5.0)  # the first quarter fills pools and caches
-    before = _memory_bytes()
-    traffic.run(60 * minutes * 3 / 4, probe_every=5.0)
-    after = _memory_bytes()
-    shown = 8 if on_gpu else PROBE_TOKENS
-    result = {
-        "minutes": minutes,
-        "finished": traffic.finished,
-        "aborted": traffic.aborted,
-        "cached_tokens": traffic.cached_tokens,
-        "probes": len(traffic.probes),
-        "texts_of_probe": len({tuple(text[:shown]) for text in traffic.probes}),
-        "grown_bytes": {name: after[name] - before[name] for name in after},
-    }
+    result = SGLangSoak(engine).quarter_and_rest(minutes, _memory_bytes)
     engine.loop.run_until_complete(asyncio.sleep(2.0))  # idle: it looks for lost slots
     engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 4})
     engine.shutdown()

@@ -14,23 +14,30 @@ or two:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import math
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.report import machine_name, results_path
-from e2e import workloads
-from e2e.served import Answer
+from e2e.served import Child
 from e2e.sglang_served import SGLang
-from e2e.throughput import OURS, Backend, best_answers, record, report, started
-from e2e.workloads import Model, Workload
+from e2e.throughput import (
+    OURS,
+    Backend,
+    chosen_models,
+    chosen_peers,
+    gpu_bytes,
+    measure,
+    options,
+    record_all,
+    started,
+)
+from e2e.workloads import Model
 
 __all__ = ["backends", "engine_arguments", "main"]
 
@@ -60,11 +67,7 @@ def backends(wanted: Sequence[str]) -> dict[str, Backend]:
             "triton": Backend("triton"),
             "flashinfer": Backend("flashinfer", (("FI_BACKEND_KEEP_FLASHINFER", "1"),)),
         }
-    unknown = sorted(set(wanted) - set(peers))
-    if unknown:
-        raise SystemExit(f"--backends must be of {', '.join(peers)}; got {', '.join(unknown)}")
-    chosen = {name: peer for name, peer in peers.items() if not wanted or name in wanted}
-    return {OURS: Backend(OURS), **chosen}
+    return {OURS: Backend(OURS), **chosen_peers(peers, wanted)}
 
 
 def engine_arguments(
@@ -94,14 +97,12 @@ def engine_arguments(
     return {**_GPU_ENGINE, **common, "max_total_tokens": tokens // page_size * page_size}
 
 
-def start(
+def start_sglang(
     model: Model, contenders: dict[str, Backend], page_size: int, directory: Path
-) -> dict[str, SGLang]:
+) -> dict[str, Child]:
     """Start an engine for each backend, all at once; leave out peers that do not start."""
-    on_gpu = torch.cuda.is_available()
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     folder = model.folder(directory)
-    arguments = engine_arguments(model, page_size, len(contenders), gpu_bytes)
+    arguments = engine_arguments(model, page_size, len(contenders), gpu_bytes())
     began = time.monotonic()
     starting = {
         name: SGLang(
@@ -117,72 +118,25 @@ def start(
     return started(starting, began)
 
 
-def measure(
-    chosen: Iterable[Workload],
-    contenders: dict[str, Backend],
-    page_size: int,
-    arguments: argparse.Namespace,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run workloads of one model; yield the name and rows of each as it is done.
-
-    With several starts a workload comes up again, with rows of all starts so far.
-    """
-    chosen = list(chosen)
-    results: dict[str, list[dict[str, Answer]]] = {workload.name: [] for workload in chosen}
-    for _ in range(arguments.starts):
-        with tempfile.TemporaryDirectory() as directory:
-            engines = start(chosen[0].model, contenders, page_size, Path(directory))
-            try:
-                for engine in engines.values():
-                    engine.warm_up(chosen[0])
-                for workload in chosen:
-                    answers = best_answers(
-                        engines, workload, arguments.rounds, arguments.most_seconds
-                    )
-                    results[workload.name].append(answers)
-                    shown = dataclasses.replace(
-                        workload, label=f"{workload.label}, page {page_size}"
-                    )
-                    yield shown.name, report(shown, results[workload.name])
-            finally:
-                for engine in engines.values():
-                    engine.close()
-
-
 def main(words: Sequence[str]) -> None:
     """Parse the command line, run the workloads, record the rows."""
-    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
-        prog="python -m e2e.throughput --engine sglang", description=__doc__
+        prog="python -m e2e.throughput --engine sglang", description=__doc__, parents=[options(1)]
     )
-    parser.add_argument(
-        "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
-    )
-    parser.add_argument("--backends", default="", help="only these peers, with commas between")
-    parser.add_argument(
-        "--page-sizes", nargs="+", type=int, default=[1, 64] if on_gpu else [1], help="in tokens"
-    )
-    parser.add_argument("--starts", type=int, default=1, help="starts of all engines")
-    parser.add_argument(
-        "--rounds", type=int, default=2 if on_gpu else 5, help="batches for each engine and start"
-    )
-    parser.add_argument(
-        "--most-seconds", type=float, default=math.inf, help="no further round after that many"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
-    parser.add_argument("--no-write", action="store_true", help="print only")
+    page_sizes = [1, 64] if torch.cuda.is_available() else [1]
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=page_sizes, help="in tokens")
     arguments = parser.parse_args(words)
     contenders = backends([name for name in arguments.backends.split(",") if name])
-    every = workloads.GPU if on_gpu else workloads.CPU
-    texts = arguments.workloads
-    chosen = [workload for workload in every if any(text in workload.name for text in texts)]
     print(f"SGLang on {machine_name()}; ratio: ours over the best peer", flush=True)
-    path = arguments.output or results_path("e2e_sglang")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for _, found in itertools.groupby(chosen, key=lambda workload: id(workload.model)):
-        of_model = list(found)
-        for page_size in arguments.page_sizes:
-            for name, of_cell in measure(of_model, contenders, page_size, arguments):
-                rows[name] = of_cell
-                if not arguments.no_write:  # what is cut short keeps the others
-                    record(itertools.chain(*rows.values()), path, routine="e2e_sglang")
+    path = None if arguments.no_write else arguments.output or results_path("e2e_sglang")
+    measured = (
+        measure(
+            chosen,
+            partial(start_sglang, chosen[0].model, contenders, page_size),
+            arguments,
+            note=f", page {page_size}",
+        )
+        for chosen in chosen_models(arguments.workloads)
+        for page_size in arguments.page_sizes
+    )
+    record_all(itertools.chain.from_iterable(measured), path, routine="e2e_sglang")

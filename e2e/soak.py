@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _ENGINE: dict[str, Any] = {
     "generation_config": "vllm",
 }
 PROBE, PROBE_TOKENS = "probe", 32
+_PROBE_SECONDS = 5.0  # from one to the next
 _MAX_WAITING = 48
 # An engine grows for some minutes by itself: by 130 MB in 2300 steps, with the stock backend too.
 MAX_GROWN_BYTES = 256 << 20
@@ -72,19 +74,43 @@ class Soak:
         self._alive: list[str] = []
         self._added = 0
 
-    def run(self, seconds: float, probe_every: float) -> None:
+    def run(self, seconds: float) -> None:
         """Keep the engine busy for so long, then let it finish what it has."""
         begin = time.monotonic()
         next_probe = begin
         while time.monotonic() - begin < seconds:
             if time.monotonic() >= next_probe and PROBE not in self._alive:
                 self._add(PROBE, self._prompts[0], PROBE_TOKENS)
-                next_probe = time.monotonic() + probe_every
+                next_probe = time.monotonic() + _PROBE_SECONDS
             self._arrive()
             self._leave()
             self._step()
         while self._alive:
             self._step()
+
+    def quarter_and_rest(
+        self, minutes: float, memory: Callable[[], dict[str, int]]
+    ) -> dict[str, Any]:
+        """Run for so long, and return what happened.
+
+        Args:
+            minutes: in all; the first quarter fills pools and caches.
+            memory: what is held, in bytes; what it grows by afterwards is returned.
+        """
+        self.run(60 * minutes / 4)
+        before = memory()
+        self.run(60 * minutes * 3 / 4)
+        after = memory()
+        shown = 8 if torch.cuda.is_available() else PROBE_TOKENS
+        return {
+            "minutes": minutes,
+            "finished": self.finished,
+            "aborted": self.aborted,
+            "cached_tokens": self.cached_tokens,
+            "probes": len(self.probes),
+            "texts_of_probe": len({tuple(text[:shown]) for text in self.probes}),
+            "grown_bytes": {name: after[name] - before[name] for name in after},
+        }
 
     def _arrive(self) -> None:
         """Nothing, or a burst of requests; half of them begin as others did."""
@@ -146,7 +172,7 @@ def memory_bytes() -> dict[str, int]:
     return held
 
 
-def soak(minutes: float, backend: str | None, *, probe_every: float = 5.0) -> dict[str, Any]:
+def soak(minutes: float, backend: str | None) -> dict[str, Any]:
     """Start an engine, soak it, and return what happened."""
     import vllm
 
@@ -164,23 +190,12 @@ def soak(minutes: float, backend: str | None, *, probe_every: float = 5.0) -> di
     log = StepLog(engine)
     free = free_pages(engine)
     traffic = Soak(engine)
-    traffic.run(60 * minutes / 4, probe_every)  # the first quarter fills pools and caches
-    before = memory_bytes()
-    traffic.run(60 * minutes * 3 / 4, probe_every)
-    after = memory_bytes()
-    counters = engine.collective_rpc("fi_backend_counters")[0]
-    shown = 8 if on_gpu else PROBE_TOKENS
+    happened = traffic.quarter_and_rest(minutes, memory_bytes)
     result = {
-        "minutes": minutes,
-        "finished": traffic.finished,
-        "aborted": traffic.aborted,
-        "cached_tokens": traffic.cached_tokens,
+        **happened,
         **log.counts(),
-        "probes": len(traffic.probes),
-        "texts_of_probe": len({tuple(text[:shown]) for text in traffic.probes}),
         "pages_lost": free - free_pages(engine),
-        "grown_bytes": {name: after[name] - before[name] for name in after},
-        "counters": counters,
+        "counters": engine.collective_rpc("fi_backend_counters")[0],
     }
     del engine, log, traffic
     release()

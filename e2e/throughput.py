@@ -20,6 +20,7 @@ part and the peer's take of the host.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -28,8 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from e2e.step_trace import render
 from e2e.workloads import Model, Workload
 
 OURS = "fi_backend"
+Measured = tuple[str, list[dict[str, Any]]]  # a workload's name and rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class Backend:
 
     name: str | None
     environment: tuple[tuple[str, str], ...] = ()
+
+
+def chosen_peers(peers: dict[str, Backend], wanted: Sequence[str]) -> dict[str, Backend]:
+    """Return those peers that `wanted` names, all where it names none.
+
+    Raises:
+        SystemExit: it names another.
+    """
+    unknown = sorted(set(wanted) - set(peers))
+    if unknown:
+        raise SystemExit(f"--backends must be of {', '.join(peers)}; got {', '.join(unknown)}")
+    return {name: peer for name, peer in peers.items() if not wanted or name in wanted}
 
 
 def backends(wanted: Sequence[str]) -> dict[str, Backend]:
@@ -61,39 +76,40 @@ def backends(wanted: Sequence[str]) -> dict[str, Backend]:
             # By this name an engine gets us, unless we stand aside.
             "FLASHINFER": Backend("FLASHINFER", (("FI_BACKEND_DISABLE", "1"),)),
         }
-    unknown = sorted(set(wanted) - set(peers))
-    if unknown:
-        raise SystemExit(f"--backends must be of {', '.join(peers)}; got {', '.join(unknown)}")
-    chosen = {name: peer for name, peer in peers.items() if not wanted or name in wanted}
+    chosen = chosen_peers(peers, wanted)
     if "FLASHINFER" in chosen and importlib.util.find_spec("flashinfer") is None:
         del chosen["FLASHINFER"]
         print("FLASHINFER is not measured: there is no flashinfer package", flush=True)
     return {OURS: Backend("flashinfer"), **chosen}
 
 
-def start(
+def start_vllm(
     model: Model, contenders: dict[str, Backend], directory: Path, *, quick: bool
-) -> dict[str, Engine]:
+) -> dict[str, Child]:
     """Start an engine for each backend, all at once; leave out peers that do not start."""
-    on_gpu = torch.cuda.is_available()
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     began = time.monotonic()
     starting = {
         name: Engine(
             model.folder(directory),
             model.dtype,
             backend.name,
-            model.arguments(len(contenders), gpu_bytes),
+            model.arguments(len(contenders), gpu_bytes()),
             directory / f"{name}.log",
             dict(backend.environment),
-            compiles=on_gpu and not quick,
+            compiles=torch.cuda.is_available() and not quick,
         )
         for name, backend in contenders.items()
     }
     return started(starting, began)
 
 
-def started(starting: Mapping[str, Child], began: float) -> dict[str, Any]:
+def gpu_bytes() -> int:
+    """Memory of the GPU; 0 without one."""
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+
+
+def started(starting: Mapping[str, Child], began: float) -> dict[str, Child]:
     """Wait for engines that start since `began`; leave out peers that do not.
 
     Raises:
@@ -116,7 +132,7 @@ def started(starting: Mapping[str, Child], began: float) -> dict[str, Any]:
 
 
 def best_answers(
-    engines: dict[str, Engine], workload: Workload, rounds: int, most_seconds: float
+    engines: Mapping[str, Child], workload: Workload, rounds: int, most_seconds: float
 ) -> dict[str, Answer]:
     """Run the rounds in all engines in turn; return each one's first answer, in its best time.
 
@@ -173,7 +189,7 @@ def report(workload: Workload, starts: list[dict[str, Answer]]) -> list[dict[str
     return rows
 
 
-def trace(engines: dict[str, Engine], workload: Workload, number: int, path: Path) -> None:
+def trace(engines: Mapping[str, Child], workload: Workload, number: int, path: Path) -> None:
     """Run another round in each engine; print what its steps consist of, and add it to a file."""
     print(f"steps of {workload.name}:")
     traces = json.loads(path.read_text()) if path.exists() else {}
@@ -185,18 +201,28 @@ def trace(engines: dict[str, Engine], workload: Workload, number: int, path: Pat
 
 
 def measure(
-    chosen: Iterable[Workload], contenders: dict[str, Backend], arguments: argparse.Namespace
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    chosen: Sequence[Workload],
+    start: Callable[[Path], dict[str, Child]],
+    arguments: argparse.Namespace,
+    *,
+    note: str = "",
+    trace_file: Path | None = None,
+) -> Iterator[Measured]:
     """Run workloads of one model; yield the name and rows of each as it is done.
 
     With several starts a workload comes up again, with rows of all starts so far.
+
+    Args:
+        chosen: what to run.
+        start: starts the engines of all backends, with a folder for what they write.
+        arguments: those of options().
+        note: added to the labels of the workloads.
+        trace_file: watch another round of each workload, and add what is found to this file.
     """
-    chosen = list(chosen)
     results: dict[str, list[dict[str, Answer]]] = {workload.name: [] for workload in chosen}
     for _ in range(arguments.starts):
         with tempfile.TemporaryDirectory() as directory:
-            model = chosen[0].model
-            engines = start(model, contenders, Path(directory), quick=arguments.quick)
+            engines = start(Path(directory))
             try:
                 for engine in engines.values():
                     engine.warm_up(chosen[0])
@@ -205,12 +231,58 @@ def measure(
                         engines, workload, arguments.rounds, arguments.most_seconds
                     )
                     results[workload.name].append(answers)
-                    yield workload.name, report(workload, results[workload.name])
-                    if arguments.trace:
-                        trace(engines, workload, arguments.rounds, arguments.trace)
+                    shown = dataclasses.replace(workload, label=workload.label + note)
+                    yield shown.name, report(shown, results[workload.name])
+                    if trace_file is not None:
+                        trace(engines, workload, arguments.rounds, trace_file)
             finally:
                 for engine in engines.values():
                     engine.close()
+
+
+def options(starts: int) -> argparse.ArgumentParser:
+    """Return the options of every engine's run, to be a parser's parent.
+
+    Args:
+        starts: of all engines, where the command line says nothing.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
+    )
+    parser.add_argument("--backends", default="", help="only these peers, with commas between")
+    parser.add_argument("--starts", type=int, default=starts, help="starts of all engines")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2 if torch.cuda.is_available() else 5,
+        help="batches for each engine and start",
+    )
+    parser.add_argument(
+        "--most-seconds", type=float, default=math.inf, help="no further round after that many"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    return parser
+
+
+def chosen_models(texts: Sequence[str]) -> Iterator[list[Workload]]:
+    """Yield the workloads of each model whose names have one of these texts."""
+    every = workloads.GPU if torch.cuda.is_available() else workloads.CPU
+    named = {
+        workload.name: workload for text in texts for workload in every if text in workload.name
+    }
+    for _, of_model in itertools.groupby(named.values(), key=lambda workload: id(workload.model)):
+        yield list(of_model)
+
+
+def record_all(measured: Iterable[Measured], path: Path | None, **conditions: Any) -> None:
+    """Write the rows of all workloads after each of them: a run that is cut short keeps some."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, found in measured:
+        rows[name] = found
+        if path is not None:
+            record(itertools.chain.from_iterable(rows.values()), path, **conditions)
 
 
 def record(rows: Iterable[dict[str, Any]], path: Path, **conditions: Any) -> None:
@@ -236,47 +308,32 @@ def main() -> None:
         sglang_throughput.main(rest)
         return
     parser = argparse.ArgumentParser(
-        prog="python -m e2e.throughput", description=__doc__, parents=[chooser]
-    )
-    parser.add_argument(
-        "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
-    )
-    parser.add_argument("--backends", default="", help="only these peers, with commas between")
-    parser.add_argument(
-        "--starts", type=int, default=1 if on_gpu else 3, help="starts of all engines"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2 if on_gpu else 5, help="batches for each engine and start"
-    )
-    parser.add_argument(
-        "--most-seconds", type=float, default=math.inf, help="no further round after that many"
+        prog="python -m e2e.throughput",
+        description=__doc__,
+        parents=[chooser, options(1 if on_gpu else 3)],
     )
     parser.add_argument("--quick", action="store_true", help="no torch.compile: starts sooner")
     parser.add_argument("--trace", type=Path, help="print what steps consist of; more in this file")
-    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
-    parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(sys.stdin)
         return
     contenders = backends([name for name in arguments.backends.split(",") if name])
-    every = workloads.GPU if on_gpu else workloads.CPU
-    texts = arguments.workloads
-    named = {
-        workload.name: workload for text in texts for workload in every if text in workload.name
-    }
-    chosen = named.values()
     print(f"vLLM on {machine_name()}; ratio: ours over the best peer", flush=True)
-    path = arguments.output or results_path("e2e_vllm")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for _, of_model in itertools.groupby(chosen, key=lambda workload: id(workload.model)):
-        for name, found in measure(of_model, contenders, arguments):
-            rows[name] = found
-            if not arguments.no_write:  # after each workload: what is cut short keeps the others
-                compiled = on_gpu and not arguments.quick
-                every_row = itertools.chain.from_iterable(rows.values())
-                record(every_row, path, routine="e2e_vllm", torch_compile=compiled)
+    path = None if arguments.no_write else arguments.output or results_path("e2e_vllm")
+    compiled = on_gpu and not arguments.quick
+    measured = (
+        measure(
+            chosen,
+            partial(start_vllm, chosen[0].model, contenders, quick=arguments.quick),
+            arguments,
+            trace_file=arguments.trace,
+        )
+        for chosen in chosen_models(arguments.workloads)
+    )
+    rows = itertools.chain.from_iterable(measured)
+    record_all(rows, path, routine="e2e_vllm", torch_compile=compiled)
 
 
 if __name__ == "__main__":

@@ -165,46 +165,14 @@ class SharedPrefixes:
             num_workers: workers of both plans.
         """
         batch, groups = self.batch, self.groups
-        if batch.qo_indptr.is_cpu:
-            self._plan_on_host(geometry, plan_buffer, num_workers)
-            return
-        shared_plan(
-            groups,
-            plan_buffer=plan_buffer,
-            group_plan=self.group_plan,
-            group_states=self.prior_lse.shape[0],
-            qo_indptr=batch.qo_indptr,
-            kv_lens=batch.kv_lens,
-            page_indptr=batch.page_indptr,
-            page_indices=batch.page_indices,
-            block_table=batch.block_table,
-            request_rows=batch.request_rows,
-            page_size=geometry.page_size,
-            num_qo_heads=geometry.num_qo_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim_qk=geometry.head_dim_qk,
-            head_dim_vo=geometry.head_dim_vo,
-            q_dtype=geometry.q_dtype,
-            kv_dtype=geometry.kv_dtype,
-            causal=geometry.causal,
-            window_left=geometry.window_left,
-            num_workers=num_workers,
-            min_tokens=MIN_TOKENS,
-            worth_keys=WORTH_KEYS,
-        )
-
-    def _plan_on_host(
-        self, geometry: Geometry, plan_buffer: torch.Tensor, num_workers: int
-    ) -> None:
-        batch, groups = self.batch, self.groups
         heads: dict[str, Any] = dict(
             num_qo_heads=geometry.num_qo_heads,
             num_kv_heads=geometry.num_kv_heads,
             head_dim_qk=geometry.head_dim_qk,
             head_dim_vo=geometry.head_dim_vo,
         )
-        find_shared_prefixes(
-            groups,
+        types: dict[str, Any] = dict(q_dtype=geometry.q_dtype, kv_dtype=geometry.kv_dtype)
+        search: dict[str, Any] = dict(
             qo_indptr=batch.qo_indptr,
             kv_lens=batch.kv_lens,
             page_indptr=batch.page_indptr,
@@ -217,9 +185,20 @@ class SharedPrefixes:
             worth_keys=WORTH_KEYS,
             **heads,
         )
-        common: dict[str, Any] = heads | dict(
-            q_dtype=geometry.q_dtype, kv_dtype=geometry.kv_dtype, num_workers=num_workers, split=0
-        )
+        if not batch.qo_indptr.is_cpu:
+            shared_plan(
+                groups,
+                plan_buffer=plan_buffer,
+                group_plan=self.group_plan,
+                group_states=self.prior_lse.shape[0],
+                causal=geometry.causal,
+                num_workers=num_workers,
+                **search,
+                **types,
+            )
+            return
+        find_shared_prefixes(groups, **search)
+        common: dict[str, Any] = heads | types | dict(num_workers=num_workers, split=0)
         host_plan.host_plan(
             plan_buffer=plan_buffer,
             qo_indptr=batch.qo_indptr,

@@ -29,9 +29,8 @@ class Operations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("page", [1, 64])
-def test_a_replay_is_prepared_in_a_tenth_of_a_millisecond(page: int, device: str) -> None:
+def captured_step(device: str, page: int) -> tuple[Any, SimpleNamespace]:
+    """A backend that has captured a decode step of 256 requests, and what prepares its replay."""
     server = Server(device, page, slots=8192, context=2048)
     backend, layer = server.backend, make_layer()
     batch = SimpleNamespace(
@@ -47,13 +46,26 @@ def test_a_replay_is_prepared_in_a_tenth_of_a_millisecond(page: int, device: str
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
     q = torch.zeros(REQUESTS, HEADS * DIM, dtype=DTYPE, device=device)
     backend.forward_decode(q, None, None, layer, batch)
+    return backend, batch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page", [1, 64])
+def test_a_replay_runs_no_operation_of_torch(page: int, device: str) -> None:
+    backend, batch = captured_step(device, page)
     with Operations() as operations:
         backend.init_forward_metadata_out_graph(batch)
-    assert set(operations.names) == {"aten.slice.Tensor"}, operations.names
+    assert set(operations.names) == {"aten.slice.Tensor"}, operations.names  # views only
+
+
+@pytest.mark.gpu  # on a CPU the host itself plans the step, as fast as that CPU is
+@pytest.mark.parametrize("page", [1, 64])
+def test_a_replay_is_prepared_in_a_tenth_of_a_millisecond(page: int) -> None:
+    backend, batch = captured_step("cuda", page)
     times = []
     for _ in range(100):
         began = time.perf_counter()
         backend.init_forward_metadata_out_graph(batch)
         times.append(1e6 * (time.perf_counter() - began))
-    print(f"{device}, pages of {page}: {min(times):.0f} us at best")
+    print(f"pages of {page}: {min(times):.0f} us at best")
     assert min(times) < MOST_US  # the best, because others use the machine too

@@ -7,12 +7,15 @@
 
 namespace fi::bindings {
 
-// The major compute capability of a device.
-inline int compute_major(int device) {
+// What the attention kernels of the plan's device have room for. same_types: q and the caches have
+// one type.
+inline TileLimits limits_for(const TensorView& plan, int64_t head_dim_qk, int64_t head_dim_vo,
+                             bool same_types) {
+  check_cuda("plan_buffer", plan);
   int major = 0;
-  check_launch("device_plan",
-               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major;
+  check_launch("device_plan", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
+                                                     plan.device().device_id));
+  return cuda_limits(head_dim_qk, head_dim_vo, same_types, major == 9);
 }
 
 inline PlannedBatch planned_batch(const WorkGeometry& geometry, const TensorView& plan,
@@ -23,16 +26,13 @@ inline PlannedBatch planned_batch(const WorkGeometry& geometry, const TensorView
 }
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. Lengths are not
-// looked at here: bad ones are empty requests (request_lens). same_types: q and the caches have one
-// type.
+// looked at here: bad ones are empty requests (request_lens).
 inline void device_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim_qk,
                         int64_t head_dim_vo, bool causal, int64_t window_left, int64_t num_workers,
                         int64_t split, bool many_rows_only, bool same_types, bool enable_pdl) {
-  check_cuda("plan_buffer", plan_buffer);
+  const TileLimits limits = limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types);
   const DLDevice device = plan_buffer.device();
-  const bool on_sm90 = compute_major(device.device_id) == 9;
-  const TileLimits limits = cuda_limits(head_dim_qk, head_dim_vo, same_types, on_sm90);
   const WorkGeometry geometry =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
                     window_left, num_workers, split, many_rows_only, device);

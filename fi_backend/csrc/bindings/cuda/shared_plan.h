@@ -19,10 +19,8 @@ inline void shared_plan(TensorView plan_buffer, TensorView group_plan, TensorVie
                         int64_t num_kv_heads, int64_t head_dim_qk, int64_t head_dim_vo, bool causal,
                         int64_t window_left, int64_t num_workers, int64_t min_tokens,
                         int64_t worth_keys, bool same_types, bool enable_pdl) {
-  check_cuda("plan_buffer", plan_buffer);
+  const TileLimits limits = limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types);
   const DLDevice device = plan_buffer.device();
-  const bool on_sm90 = compute_major(device.device_id) == 9;
-  const TileLimits limits = cuda_limits(head_dim_qk, head_dim_vo, same_types, on_sm90);
   const WorkGeometry step =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
                     window_left, num_workers, 0, false, device);
