@@ -120,6 +120,7 @@ class Ours:
             qo_indptr=step.qo_indptr,
             kv_lens=step.kv_lens,
             block_table=step.block_table,
+            max_qo_len=max(qo_len for qo_len, _ in step.cell.requests),  # as engines know it
             sm_scale=1 / math.sqrt(HEAD_DIM),
             causal=True,
             num_workers=workers,
