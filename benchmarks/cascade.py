@@ -24,12 +24,17 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Cell:
-    """Groups of equal size, each with a prefix that its requests share, in turn in the batch."""
+    """Groups of equal size, each with a prefix that its requests share, in turn in the batch.
+
+    Behind it, each group has `branches` of equal size, with `behind` further tokens each.
+    """
 
     batch: int
     shared: int
     own: int
     groups: int = 1
+    branches: int = 1
+    behind: int = 0
     num_qo_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
@@ -38,12 +43,15 @@ class Cell:
     @property
     def name(self) -> str:
         """The name used in results."""
+        behind = f"+{self.behind}" if self.behind > 0 else ""
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
-        return f"bs{self.batch} shared{self.shared} own{self.own}{groups}"
+        branches = f" of {self.branches} branches" if self.branches > 1 else ""
+        return f"bs{self.batch} shared{self.shared}{behind} own{self.own}{groups}{branches}"
 
     def num_bytes(self) -> int:
         """Bytes of K and V, each page once."""
-        tokens = self.groups * self.shared + self.batch * self.own
+        prefixes = self.groups * (self.shared + self.branches * self.behind)
+        tokens = prefixes + self.batch * self.own
         return 2 * tokens * self.num_kv_heads * self.head_dim * BF16.itemsize
 
 
@@ -52,6 +60,7 @@ BASE = (
     Cell(128, 8192, 256),
     Cell(256, 32768, 256),
     Cell(120, 6000, 250, groups=3),
+    Cell(120, 8000, 250, groups=3, branches=4, behind=9600),
     Cell(128, 0, 2048),
     Cell(8, 0, 1024),
 )
@@ -66,19 +75,25 @@ PLOT = tuple(
 def make_step(cell: Cell) -> Step:
     """Draw q and the caches; pages are shuffled over the whole cache."""
     page = cell.page_size
-    prefix = cell.shared // page
-    more = -(-(cell.shared + cell.own) // page) - prefix
-    pages = torch.randperm(cell.groups * prefix + cell.batch * more, dtype=torch.int32)
-    prefixes, own = pages.split([cell.groups * prefix, cell.batch * more])
-    of_request = prefixes.view(cell.groups, prefix).repeat(cell.batch // cell.groups, 1)
-    table = torch.cat([of_request, own.view(cell.batch, more)], dim=1)
-    shape = (len(pages), page, cell.num_kv_heads, cell.head_dim)
+    kv_len = cell.shared + cell.behind + cell.own
+    prefix, behind = cell.shared // page, cell.behind // page
+    more = -(-kv_len // page) - prefix - behind
+    num_branches = cell.groups * cell.branches
+    sizes = [cell.groups * prefix, num_branches * behind, cell.batch * more]
+    prefixes, branches, own = torch.randperm(sum(sizes), dtype=torch.int32).split(sizes)
+    pages = [
+        prefixes.view(cell.groups, prefix).repeat(cell.batch // cell.groups, 1),
+        branches.view(num_branches, behind).repeat(cell.batch // num_branches, 1),
+        own.view(cell.batch, more),
+    ]
+    table = torch.cat(pages, dim=1)
+    shape = (sum(sizes), page, cell.num_kv_heads, cell.head_dim)
     heads = (cell.num_qo_heads, cell.num_kv_heads, cell.head_dim, page)
     return Step(
-        decode_steps.Cell(cell.batch, cell.shared + cell.own, *heads),
+        decode_steps.Cell(cell.batch, kv_len, *heads),
         torch.randn(cell.batch, cell.num_qo_heads, cell.head_dim, dtype=BF16, device="cuda"),
         *(torch.randn(shape, dtype=BF16, device="cuda") for _ in "kv"),
-        torch.full((cell.batch,), cell.shared + cell.own, dtype=torch.int32, device="cuda"),
+        torch.full((cell.batch,), kv_len, dtype=torch.int32, device="cuda"),
         torch.arange(cell.batch + 1, dtype=torch.int32, device="cuda"),
         table.cuda(),
     )

@@ -161,6 +161,7 @@ def make_engine(task: dict[str, Any]) -> Any:
         "max_model_len": 1024,
         "max_num_seqs": 32,
         "skip_tokenizer_init": True,
+        "worker_extension_cls": EXTENSION,
     }
     arguments = {**defaults, **task["engine"]}
     engine = vllm.LLM(
@@ -168,7 +169,6 @@ def make_engine(task: dict[str, Any]) -> Any:
         dtype=task["dtype"],
         attention_backend=task["backend"],
         generation_config="vllm",
-        worker_extension_cls=EXTENSION,
         **arguments,
     )
     if arguments["logprobs_mode"] == "raw_logits" and arguments.get("runner") != "pooling":

@@ -28,11 +28,12 @@ import torch
 from e2e.conftest import FI_TINY
 from e2e.harness import ROOT
 from e2e.sglang_served import engine_environment
-from e2e.soak import MAX_GROWN_BYTES, PROBE, Soak
+from e2e.soak import MAX_GROWN_BYTES, MOST_SECONDS, PROBE, Soak
 
-__all__ = ["main", "soak"]
+__all__ = ["PATIENCE_SECONDS", "main", "soak"]
 
-_PATIENCE_SECONDS = 240.0  # for the start of an engine on a busy machine
+# For an engine's start, which may compile, and twice the most that few requests may take.
+PATIENCE_SECONDS = 600 + 2 * MOST_SECONDS
 _ENGINE: dict[str, Any] = {
     "max_total_tokens": 4096,  # a third of what 32 long requests want
     "max_running_requests": 32,
@@ -138,7 +139,7 @@ def soak(minutes: float, backend: str, page_size: int, log: Path) -> dict[str, A
             start_new_session=True,
         )
         try:
-            printed, _ = child.communicate(timeout=60 * minutes + _PATIENCE_SECONDS)
+            printed, _ = child.communicate(timeout=60 * minutes + PATIENCE_SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # the scheduler is a process of its own

@@ -16,7 +16,7 @@ __all__ = ["ENCODER_SHAPES", "PLAIN_SHAPES", "SHAPES", "WINDOW", "make_model", "
 PLAIN_SHAPES = ("llama", "qwen3")
 SHAPES = ("gemma2", "mistral", "gemma3", "gptoss", "gemma3n", "bloom")
 ENCODER_SHAPES = ("bert",)
-_ALL_SHAPES = (*PLAIN_SHAPES, *SHAPES, *ENCODER_SHAPES)
+_ALL_SHAPES = (*PLAIN_SHAPES, *SHAPES, *ENCODER_SHAPES, "mqa")
 WINDOW = 64
 _VOCAB = 512
 _COMMON: dict[str, Any] = {
@@ -91,6 +91,10 @@ def _config(shape: str) -> Any:
         )
     if shape == "llama":  # heads of 128, four query heads to a key head
         return transformers.LlamaConfig(**_LARGER, head_dim=128, tie_word_embeddings=False)
+    if shape == "mqa":  # one key head
+        return transformers.LlamaConfig(
+            **{**_LARGER, "num_key_value_heads": 1}, head_dim=64, tie_word_embeddings=False
+        )
     if shape == "qwen3":  # normalised queries and keys
         return transformers.Qwen3Config(**_LARGER, head_dim=64, tie_word_embeddings=False)
     if shape == "bloom":  # ALiBi

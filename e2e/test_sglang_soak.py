@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from e2e.sglang_site import sglang_path
-from e2e.sglang_soak import soak
+from e2e.sglang_soak import PATIENCE_SECONDS, soak
 from e2e.soak import MAX_GROWN_BYTES
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(PATIENCE_SECONDS + 60)]
 
 
 def test_traffic_leaves_the_engine_as_it_was(tmp_path: Path) -> None:

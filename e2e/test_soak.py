@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from e2e.harness import ROOT
+from e2e.harness import ENVIRONMENT, ROOT
+from e2e.soak import MOST_SECONDS
 
-pytestmark = pytest.mark.engine
+# An engine's start, which may compile, and twice the most that few requests may take.
+TIMEOUT_SECONDS = 600 + 2 * MOST_SECONDS
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(TIMEOUT_SECONDS + 30)]
 
 
 def test_traffic_leaves_the_engine_as_it_was() -> None:
     child = subprocess.run(
         [sys.executable, "-m", "e2e.soak", "--minutes", "0.25"],
         cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},  # OpenMP reads its own before main() can set it
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT_SECONDS,
         check=False,
     )
     result = json.loads(child.stdout[child.stdout.index("\n{\n") :])

@@ -1,7 +1,7 @@
-"""vLLM on two GPUs, tensor parallel: the tokens of one GPU, kernels that are compiled once.
+"""vLLM on two GPUs, tensor or pipeline parallel: the tokens of one GPU, kernels compiled once.
 
-Sums over two ranks round differently than those of one, so some texts part in either backend: ours
-may do so no more often than FLASH_ATTN.
+Sums over two ranks round differently than those of one, and two stages make other batches, so some
+texts part in either backend: ours may do so no more often than FLASH_ATTN.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def results(folder: Path) -> Iterator[dict[str, Result]]:
     """Each run in a process of its own; ours on two GPUs comes first and finds nothing compiled."""
     batches = [Batch(fi_tiny_prompts(), TOKENS)]
     found = {}
-    for gpus in (2, 1):
+    for size, gpus in (("tensor", 2), ("pipeline", 2), ("tensor", 1)):
         for name, backend in BACKENDS.items():
-            full = f"{name} on {gpus}"
-            engine = {**in_graphs("FULL_DECODE_ONLY"), "tensor_parallel_size": gpus}
+            full = f"{name} on {gpus}" if size == "tensor" else f"{name} in {gpus} stages"
+            engine = {**in_graphs("FULL_DECODE_ONLY"), f"{size}_parallel_size": gpus}
             found |= run_engines(
                 [Task(full, FI_TINY, backend, batches, "bfloat16", engine)],
                 folder / full.replace(" ", "-"),
@@ -54,20 +54,21 @@ def results(folder: Path) -> Iterator[dict[str, Result]]:
     return found
 
 
-def parted(results: dict[str, Result], name: str) -> int:
+def parted(results: dict[str, Result], name: str, split: str) -> int:
     """Count the texts that two GPUs write otherwise than one."""
-    one, two = (results[f"{name} on {gpus}"]["batches"][0]["tokens"] for gpus in (1, 2))
+    one, two = (results[f"{name} {of}"]["batches"][0]["tokens"] for of in ("on 1", split))
     return len(first_differences(one, two))
 
 
-def test_two_gpus_write_what_one_does(results: dict[str, Result]) -> None:
+@pytest.mark.parametrize("split", ["on 2", "in 2 stages"])
+def test_two_gpus_write_what_one_does(split: str, results: dict[str, Result]) -> None:
     texts = len(results["ours on 1"]["batches"][0]["tokens"])
     assert texts == 32
-    assert parted(results, "ours") <= parted(results, "stock") + 6 < texts
-    runs = [worker["attention_runs"] for worker in results["ours on 2"]["counters"]]
+    assert parted(results, "ours", split) <= parted(results, "stock", split) + 6 < texts
+    runs = [worker["attention_runs"] for worker in results[f"ours {split}"]["counters"]]
     assert len(runs) == 2
     assert min(runs) > 0
-    assert not any(worker["attention_runs"] for worker in results["stock on 2"]["counters"])
+    assert not any(worker["attention_runs"] for worker in results[f"stock {split}"]["counters"])
 
 
 def test_ranks_compile_each_module_once(folder: Path, results: dict[str, Result]) -> None:

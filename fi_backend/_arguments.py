@@ -203,7 +203,7 @@ def layer_spec(
         page_size=page_size,
         causal=causal and not custom_mask,
         window_left=window_left,
-        logits_soft_cap=0.0 if logits_soft_cap is None else max(0.0, float(logits_soft_cap)),
+        logits_soft_cap=_soft_cap(logits_soft_cap),
         sm_scale=1.0 / math.sqrt(max(head_dim_qk, 1)) if sm_scale is None else float(sm_scale),
         alibi=pos_encoding_mode == "ALIBI",
         sinks=sinks,
@@ -211,6 +211,13 @@ def layer_spec(
         rope_theta=theta if rotate else 0.0,
         rope_scale=float(rope_scale) if rotate and rope_scale is not None else 1.0,
     )
+
+
+def _soft_cap(logits_soft_cap: float | None) -> float:
+    """Return FlashInfer's soft cap as a spec has it: 0 for none, where a caller may say -1 too."""
+    if logits_soft_cap is None or logits_soft_cap <= 0.0:
+        return 0.0
+    return float(logits_soft_cap)
 
 
 def split_tokens(fixed_split_size: int | None, disable_split_kv: bool, page_size: int) -> int:

@@ -125,7 +125,8 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
 
         Args:
             indptr: int32 [batch_size + 1], first entry of each request in `indices`. This and the
-                next two are each on the wrapper's device or on the host.
+                next two are each on the host, and copied, or on the wrapper's GPU, where run()
+                reads them in place without use_cuda_graph.
             indices: int32 [num_pages_used], page ids.
             last_page_len: int32 [batch_size], tokens in each request's last page.
             num_qo_heads: query heads, a multiple of num_kv_heads.
@@ -160,7 +161,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        options = DecodeOptions(**kwargs)
+        options = DecodeOptions.from_keywords(self._name, kwargs)
         lens = self._check_plan(options, indptr, indices, last_page_len, page_size)
         spec = options.spec(num_qo_heads, num_kv_heads, head_dim, page_size)
         batch_size, q_len = last_page_len.shape[0], options.q_len_per_req

@@ -173,7 +173,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
 
         Args:
             qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
-                three are each on the wrapper's device or on the host.
+                three are each on the host, and copied, or on the wrapper's GPU, where run() reads
+                them in place without use_cuda_graph.
             paged_kv_indptr: int32 [batch_size + 1], first entry of each request in the next.
             paged_kv_indices: int32 [num_pages_used], page ids.
             paged_kv_last_page_len: int32 [batch_size], tokens in each request's last page.

@@ -6,7 +6,7 @@ import torch
 
 from fi_backend._page_table import to_device
 from fi_backend.checks import check_tensor
-from fi_backend.quantization import segment_packbits
+from fi_backend.kernels.packbits import segment_packbits
 
 __all__ = ["resolve_mask"]
 
@@ -85,46 +85,19 @@ def _pack(
             f"custom_mask must be a torch.Tensor of dtype torch.bool; "
             f"got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
-    mask = mask.reshape(-1)
-    if not sizes.is_cpu:
-        # Rounding up adds at most 7 bits a request.
-        num_bytes = (mask.numel() + 7 * sizes.numel()) // 8
+    mask = mask.reshape(-1).contiguous()
+    num_bytes = (mask.numel() + 7 * sizes.numel()) // 8  # rounding up adds at most 7 bits a request
+    if sizes.is_cpu:
+        total = int(sizes.sum())
+        if mask.numel() != total:
+            raise ValueError(
+                f"custom_mask must have {total} elements, qo_len x kv_len of every request; "
+                f"got {mask.numel()}"
+            )
+        num_bytes = int(first_byte[-1])
+    if not (mask.is_cpu and sizes.is_cpu):
         mask = to_device("custom_mask", mask, device, non_blocking=non_blocking)
-        return _pack_with_torch(mask, sizes, first_byte, num_bytes)
-    total = int(sizes.sum())
-    if mask.numel() != total:
-        raise ValueError(
-            f"custom_mask must have {total} elements, qo_len x kv_len of every request; "
-            f"got {mask.numel()}"
-        )
-    if mask.is_cpu:
-        return segment_packbits(mask, _starts(sizes), bitorder="little")[0]
-    num_bytes = int(first_byte[-1])
-    mask, sizes, first_byte = (to_device("qo_indptr", x, device) for x in (mask, sizes, first_byte))
-    return _pack_with_torch(mask, sizes, first_byte, num_bytes)
-
-
-def _pack_with_torch(
-    mask: torch.Tensor, sizes: torch.Tensor, first_byte: torch.Tensor, num_bytes: int
-) -> torch.Tensor:
-    """Pack with torch operations on the mask's device, of which none waits for it.
-
-    Args:
-        mask: bool [sum of sizes].
-        sizes: int64 [batch_size].
-        first_byte: int64 [batch_size + 1], of each request in the result.
-        num_bytes: of the result, at least first_byte[-1]; bytes of no request are 0.
-    """
-    packed = torch.zeros(num_bytes, dtype=torch.uint8, device=mask.device)
-    if mask.numel() == 0 or sizes.numel() == 0:
-        return packed
-    byte = torch.arange(num_bytes, device=mask.device)
-    request = torch.searchsorted(first_byte, byte, right=True).sub_(1).clamp_(max=len(sizes) - 1)
-    first_element = _starts(sizes)
-    element = first_element[request] + 8 * (byte - first_byte[request])
-    end = first_element[request + 1]
-    for bit in range(8):
-        # A size that does not fit the mask, which nobody can check here, must not be read.
-        value = mask[(element + bit).clamp_(0, mask.numel() - 1)] & (element + bit < end)
-        packed |= value.to(torch.uint8) << bit
+        sizes, first_byte = (to_device("qo_indptr", x, device) for x in (sizes, first_byte))
+    packed = torch.empty(num_bytes, dtype=torch.uint8, device=mask.device)
+    segment_packbits(x=mask, indptr=_starts(sizes), out_indptr=first_byte, out=packed, little=True)
     return packed

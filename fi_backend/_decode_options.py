@@ -40,6 +40,21 @@ class DecodeOptions:
     window_right: int = 0
 
     @classmethod
+    def from_keywords(cls, operation: str, keywords: Mapping[str, Any]) -> DecodeOptions:
+        """Take the keyword arguments of plan().
+
+        Raises:
+            TypeError: plan() has none of that name.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in names:
+                raise TypeError(
+                    f"{operation}.plan: unknown argument {name!r}; it takes {', '.join(names)}"
+                )
+        return cls(**keywords)
+
+    @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> DecodeOptions:
         """Pick the options out of a call's arguments, its locals() before any other statement."""
         names = {field.name for field in fields(cls)}

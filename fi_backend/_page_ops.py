@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fi_backend.checks import check_tensor
+from fi_backend.checks import check_tensor, unpack_cache
 from fi_backend.kernels import append_kv as kernel
 from fi_backend.torch_ops import register
 
-__all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS", "unbind_cache"]
+__all__ = ["APPEND_POSITIONS", "APPEND_SLOTS", "BATCH_POSITIONS", "to_int32", "unbind_cache"]
 
 _LAYOUTS = ("NHD", "HND")
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -32,10 +32,24 @@ def unbind_cache(
             )
         k_cache, v_cache = paged_kv_cache.unbind(1)
     else:
-        k_cache, v_cache = paged_kv_cache
+        k_cache, v_cache = unpack_cache("paged_kv_cache", paged_kv_cache)
     if kv_layout == "HND":
         return k_cache.transpose(-3, -2), v_cache.transpose(-3, -2)
     return k_cache, v_cache
+
+
+def to_int32(name: str, indices: torch.Tensor) -> torch.Tensor:
+    """Return indices as int32; what does not fit becomes the largest or smallest, which no row has.
+
+    Raises:
+        TypeError: they are neither int32 nor int64.
+    """
+    if indices.dtype == torch.int32:
+        return indices
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64; got {indices.dtype}")
+    limits = torch.iinfo(torch.int32)
+    return indices.clamp(limits.min, limits.max).int()
 
 
 def _append_slots(

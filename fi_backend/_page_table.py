@@ -19,6 +19,7 @@ __all__ = [
     "check_metadata",
     "check_page_table",
     "fill",
+    "own_copy",
     "page_lens",
     "to_device",
 ]
@@ -38,6 +39,19 @@ def to_device(
         return tensor
     _check_not_capturing(name, device)
     return tensor.to(device, non_blocking=non_blocking)
+
+
+def own_copy(
+    name: str, tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = True
+) -> torch.Tensor:
+    """Return a contiguous copy on `device` of what is on the host, and what a GPU has itself.
+
+    Raises:
+        RuntimeError: as :func:`to_device`.
+    """
+    if tensor.is_cpu and device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return to_device(name, tensor, device, non_blocking=non_blocking).contiguous()
 
 
 def _check_not_capturing(name: str, device: torch.device) -> None:

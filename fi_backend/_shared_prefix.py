@@ -174,21 +174,18 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
         Arguments and errors are those of BatchPrefillWithPagedKVCacheWrapper.plan().
         No argument says the dtypes, so the first forward() after this one divides the work.
         """
+        table = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        self._own._check_plan(PrefillOptions(), qo_indptr, table, page_size)
+        # Copies: the caller may fill in the next step's before forward() plans this one.
         self._plan_own = functools.partial(
             self._own.plan,
-            qo_indptr,
-            paged_kv_indptr,
-            paged_kv_indices,
-            paged_kv_last_page_len,
+            qo_indptr.clone(),
+            paged_kv_indptr.clone(),
+            paged_kv_indices.clone(),
+            paged_kv_last_page_len.clone(),
             num_qo_heads,
             num_kv_heads,
             head_dim,
-            page_size,
-        )
-        self._own._check_plan(
-            PrefillOptions(),
-            qo_indptr,
-            (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
             page_size,
         )
         self._planned_dtypes = None

@@ -22,6 +22,7 @@ from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
 from fi_backend.planning import plan
+from fi_backend.torch_ops import register, runs_directly
 from fi_backend.variants import AttentionVariant
 from fi_backend.workspace import Workspace
 
@@ -54,6 +55,46 @@ def single_attention(
     v: torch.Tensor,
     *,
     kv_layout: str,
+    return_lse: bool,
+    o_dtype: torch.dtype | None = None,
+    custom_mask: torch.Tensor | None = None,
+    packed_custom_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend from q [qo_len, num_qo_heads, head_dim] to the keys of one request.
+
+    Args:
+        options: keyword arguments of _attend().
+    """
+    check_tensor("q", q, shape=(None, None, None))
+    check_device(operation, q.device)
+    check_layout("kv_layout", kv_layout)
+    keys = ragged_cache("k", k, kv_layout)
+    values = ragged_cache("v", v, kv_layout)
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            f"v must have as many tokens and heads as k; got {list(v.shape)} and {list(k.shape)}"
+        )
+    if v.dtype != k.dtype:
+        raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
+    out = q.new_empty((*q.shape[:2], values.shape[3]), dtype=o_dtype)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+    # A schema has no place for a variant, whose call torch.compile has to leave alone.
+    directly = "variant" in options or runs_directly(operation, q=q, k=k, v=v)
+    attend = _attend if directly else _attend_op.traced
+    attend(q, keys, values, out, lse, custom_mask, packed_custom_mask, **options)
+    return out if lse is None else (out, lse)
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    custom_mask: torch.Tensor | None,
+    packed_custom_mask: torch.Tensor | None,
+    *,
     causal: bool,
     pos_encoding_mode: str,
     window_left: int,
@@ -64,26 +105,11 @@ def single_attention(
     q_scale: float | None,
     k_scale: float | None,
     v_scale: float | None,
-    return_lse: bool,
-    o_dtype: torch.dtype | None = None,
-    custom_mask: torch.Tensor | None = None,
-    packed_custom_mask: torch.Tensor | None = None,
     variant: AttentionVariant | None = None,
     variant_values: dict[str, Any] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend from q [qo_len, num_qo_heads, head_dim] to the keys of one request."""
-    check_tensor("q", q, shape=(None, None, None))
-    check_device(operation, q.device)
-    check_layout("kv_layout", kv_layout)
-    keys = ragged_cache("k", k, kv_layout)
-    values = ragged_cache("v", v, kv_layout)
+) -> None:
+    """Plan and run; keys and values are [kv_len, 1, num_kv_heads, head_dim]."""
     kv_len, num_kv_heads = keys.shape[0], keys.shape[2]
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(
-            f"v must have as many tokens and heads as k; got {list(v.shape)} and {list(k.shape)}"
-        )
-    if v.dtype != k.dtype:
-        raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
     spec = layer_spec(
         num_qo_heads=q.shape[1],
         num_kv_heads=num_kv_heads,
@@ -91,8 +117,8 @@ def single_attention(
         head_dim_vo=values.shape[3],
         page_size=1,
         q_dtype=q.dtype,
-        kv_dtype=k.dtype,
-        o_dtype=q.dtype if o_dtype is None else o_dtype,
+        kv_dtype=keys.dtype,
+        o_dtype=out.dtype,
         causal=causal,
         pos_encoding_mode=pos_encoding_mode,
         window_left=window_left,
@@ -116,11 +142,12 @@ def single_attention(
         q.device,
     )
     step = plan(spec, batch, _workspace(q.device))
-    return layer.run(
+    layer.run(
         replace(step, num_tokens=q.shape[0], num_ragged_rows=kv_len),
         q,
         (keys, values),
-        return_lse=return_lse,
+        out=out,
+        lse=lse,
         alibi_slopes=alibi_slopes(spec.num_qo_heads, q.device) if spec.alibi else None,
         custom_mask=mask,
         mask_indptr=mask_indptr,
@@ -128,6 +155,16 @@ def single_attention(
         v_scale=combine_scales((("v_scale", v_scale),), num_kv_heads),
         variant_values=variant_values,
     )
+
+
+# Planning reads values and loads kernels, so that torch.compile has to see all of it as one op.
+_attend_op = register(
+    "single_attention(Tensor q, Tensor keys, Tensor values, Tensor(a!) out, Tensor(b!)? lse, "
+    "Tensor? custom_mask, Tensor? packed_custom_mask, *, bool causal, str pos_encoding_mode, "
+    "int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, "
+    "float? rope_theta, float? q_scale, float? k_scale, float? v_scale) -> ()",
+    _attend,
+)
 
 
 def single_variant_attention(

@@ -20,18 +20,19 @@ from fi_backend._arguments import (
     refuse,
     to_variant,
 )
-from fi_backend._page_table import check_fits, fill, to_device
+from fi_backend._page_table import check_fits, fill, own_copy, to_device
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
 from fi_backend.kernels import device_plan, host_plan
 from fi_backend.planning import Plan, default_workers, plan, workspace_bytes
-from fi_backend.spec import AttentionSpec
+from fi_backend.spec import AttentionSpec, Geometry
 from fi_backend.workspace import Workspace
 
 __all__ = ["AttentionWrapper", "Scale"]
 
 Scale = float | torch.Tensor | None
+_MAX_LAYERS = 8  # kept; a model has one sm_scale, or a few
 
 
 class AttentionWrapper(ABC):
@@ -53,8 +54,10 @@ class AttentionWrapper(ABC):
         self._variant = to_variant(self._name, jit_args)
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
-        # With use_cuda_graph: spec and split_tokens of the first plan().
+        # With use_cuda_graph: spec and split_tokens of the first plan(), and a plan for each
+        # geometry, since forward() may ask for others and must leave alone what a graph holds.
         self._fixed: tuple[AttentionSpec, int] | None = None
+        self._fixed_plans: dict[Geometry, Plan] = {}
         self._spec: AttentionSpec | None = None
         self._plan: Plan | None = None
         # By what a run may still choose: whether there are sinks, and sm_scale.
@@ -175,11 +178,12 @@ class AttentionWrapper(ABC):
         """Bring tensors to where runs read them, on the device.
 
         With use_cuda_graph that is all of each fixed buffer, since a graph keeps its address: a
-        part of no elements has none.
+        part of no elements has none. Without, runs read a GPU's tensors where they are, as
+        FlashInfer's do; what is on the host is copied, on the CPU too.
         """
         if not self._use_cuda_graph:
             return [
-                to_device(name, tensor, self._device, non_blocking=non_blocking).contiguous()
+                own_copy(name, tensor, self._device, non_blocking=non_blocking)
                 for name, tensor in metadata.items()
             ]
         for buffer, (name, tensor) in zip(self._buffers, metadata.items(), strict=True):
@@ -233,15 +237,16 @@ class AttentionWrapper(ABC):
             spec,
             batch,
             self._workspace,
-            into=self._plan,
+            into=self._fixed_plans.get(spec.geometry) if self._use_cuda_graph else self._plan,
             split_tokens=split_tokens,
             share_prefixes=False,  # the caller's workspace is as large as FlashInfer's has to be
         )
         if step.num_tokens is None and num_tokens is not None:
             step = replace(step, num_tokens=num_tokens)
         self._plan = step
-        if self._use_cuda_graph and self._fixed is None:
-            self._fixed = (spec, split_tokens)
+        if self._use_cuda_graph:
+            self._fixed_plans[spec.geometry] = step
+            self._fixed = self._fixed or (spec, split_tokens)
         self._layers = layers
         self._spec = spec
         heads = spec.num_qo_heads
@@ -328,6 +333,8 @@ class AttentionWrapper(ABC):
         layer = self._layers.get(key)
         if layer is None:
             layer = PagedAttention(replace(spec, sinks=key[0], sm_scale=key[1]), self._device)
+            if len(self._layers) >= _MAX_LAYERS:
+                del self._layers[next(iter(self._layers))]
             self._layers[key] = layer
         return layer.run(
             step,

@@ -10,7 +10,7 @@ import torch
 
 from fi_backend import env
 from fi_backend.attention_op import run_traced
-from fi_backend.checks import check_page_ids, check_tensor
+from fi_backend.checks import check_mask_offsets, check_page_ids, check_tensor, unpack_cache
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.planning import Plan
@@ -30,8 +30,18 @@ def runtime_counters() -> dict[str, int]:
 
 
 def _check_used_pages(plan: Plan, num_pages: int) -> None:
-    """Check every page id that the batch's lengths make the kernels read."""
+    """Check every page id that the batch's lengths make the kernels read.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+        ValueError: an id is out of range.
+    """
     batch = plan.batch
+    if batch.kv_lens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{env.CHECKED.name}=1 reads page ids on the host, which a CUDA graph cannot hold; "
+            f"unset it, or run without CUDA graphs"
+        )
     page_size = plan.geometry.page_size
     used = (batch.kv_lens.to(torch.int64) + page_size - 1) // page_size
     for request in range(batch.num_requests):
@@ -115,7 +125,7 @@ class PagedAttention:
         Raises:
             TypeError, ValueError: an argument does not fit the spec or the plan.
         """
-        k, v = kv_cache
+        k, v = unpack_cache("kv_cache", kv_cache)
         is_direct = runs_directly("attention", q=q)
         self._check_options(plan, alibi_slopes, sinks, custom_mask, mask_indptr)
         members: tuple[Any, ...] = ()
@@ -175,6 +185,11 @@ class PagedAttention:
         except (TypeError, ValueError):
             # The native code has refused; say why in the terms of this call if we can.
             self._check_tensors(plan, q, k, v, out, lse)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+                if not isinstance(scale, (float, int, torch.Tensor)):
+                    raise TypeError(
+                        f"{name} must be a float or a torch.Tensor; got {type(scale).__name__}"
+                    ) from None
             raise
         return (out, lse) if return_lse and lse is not None else out
 
@@ -294,12 +309,9 @@ class PagedAttention:
                 "mask_indptr", mask_indptr, shape=(requests + 1,), dtype=torch.int32, device=device
             )
             # A compiler sees no values, and reading one on a device would wait for it.
-            is_known = mask_indptr.is_cpu and not torch.compiler.is_compiling()
-            if is_known and int(mask_indptr[-1]) > custom_mask.shape[0]:
-                raise ValueError(
-                    f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; "
-                    f"got {custom_mask.shape[0]}"
-                )
+            if mask_indptr.is_cpu and not torch.compiler.is_compiling():
+                batch = plan.batch
+                check_mask_offsets(mask_indptr, batch.qo_indptr, batch.kv_lens, len(custom_mask))
 
     def _members(
         self, values: Mapping[str, Any] | None, is_direct: bool, wants_lse: bool

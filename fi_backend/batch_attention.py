@@ -19,7 +19,7 @@ from fi_backend._arguments import (
     to_dtype,
 )
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_backend._page_table import check_entries, check_indptr, check_metadata, to_device
+from fi_backend._page_table import check_entries, check_indptr, check_metadata, own_copy
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.planning import Plan, plan
@@ -68,8 +68,8 @@ class BatchAttention:
 
         Args:
             qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
-                three are each on the device or on the host; pinned memory among them must stay as
-                it is until the device has read it.
+                three are each on the host, and copied, or on the GPU, where run() reads them in
+                place. Pinned memory among them must stay as it is until the GPU has read it.
             kv_indptr: int32 [batch_size + 1], first entry of each request in `kv_indices`.
             kv_indices: int32 [num_pages_used], page ids.
             kv_len_arr: int32 [batch_size], cached tokens of each request.
@@ -120,10 +120,10 @@ class BatchAttention:
         if layer is None or layer.spec != spec:
             layer = PagedAttention(spec, device)
         batch = PagedBatch(
-            to_device("qo_indptr", qo_indptr, device),
-            to_device("kv_len_arr", kv_len_arr, device).contiguous(),
-            page_indptr=to_device("kv_indptr", kv_indptr, device),
-            page_indices=to_device("kv_indices", kv_indices, device).contiguous(),
+            own_copy("qo_indptr", qo_indptr, device),
+            own_copy("kv_len_arr", kv_len_arr, device),
+            page_indptr=own_copy("kv_indptr", kv_indptr, device),
+            page_indices=own_copy("kv_indices", kv_indices, device),
         )
         step = plan(spec, batch, self._workspace, into=self._plan, share_prefixes=False)
         self._plan = replace(step, num_tokens=num_tokens)
@@ -165,7 +165,7 @@ class BatchAttention:
         if self._layer is None or self._plan is None:
             raise RuntimeError("BatchAttention: call plan() before run()")
         spec = self._layer.spec
-        if logits_soft_cap > 0.0 and logits_soft_cap != spec.logits_soft_cap:
+        if not (logits_soft_cap <= 0.0 or logits_soft_cap == spec.logits_soft_cap):
             raise ValueError(
                 f"logits_soft_cap must be what plan() was given, {spec.logits_soft_cap}; "
                 f"got {logits_soft_cap}. Plan again to change it"

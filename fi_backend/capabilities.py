@@ -16,12 +16,12 @@ from typing import Any
 
 from fi_backend._arguments import check_backend
 from fi_backend.errors import UnsupportedError
-from fi_backend.torch_ops import OLDEST_COMPUTE_CAPABILITY, has_cuda_kernel
+from fi_backend.torch_ops import OLDEST_COMPUTE_CAPABILITY
 
 __all__ = ["add_queries", "is_backend_supported", "is_compute_capability_supported"]
 
-# Made of torch's own operations, which run anywhere.
-_WITHOUT_KERNEL = ("get_seq_lens",)
+# On a GPU made of torch's own operations, which run on every one.
+_WITHOUT_KERNEL = ("get_seq_lens", "packbits", "segment_packbits")
 
 
 def is_compute_capability_supported(call: str, cc: int) -> bool:
@@ -34,8 +34,8 @@ def is_compute_capability_supported(call: str, cc: int) -> bool:
     Raises:
         ValueError: there is no such public name.
     """
-    has_kernel = has_cuda_kernel(_operation(call))
-    return call in _WITHOUT_KERNEL or (cc >= OLDEST_COMPUTE_CAPABILITY and has_kernel)
+    _public(call)
+    return call in _WITHOUT_KERNEL or cc >= OLDEST_COMPUTE_CAPABILITY
 
 
 def is_backend_supported(call: str, backend: str, cc: int | None = None) -> bool:
@@ -74,10 +74,3 @@ def _public(call: str) -> Callable[..., Any]:
     if call not in fi_backend.__all__:
         raise ValueError(f"call must be a public name of fi_backend, as 'rmsnorm'; got {call!r}")
     return getattr(fi_backend, call)
-
-
-def _operation(call: str) -> str:
-    """Name the operation that a call runs: its own, or attention, which all wrappers share."""
-    if isinstance(_public(call), type) or call.startswith(("single_", "fast_decode_")):
-        return "attention"
-    return call if has_cuda_kernel(call) else call.removesuffix("_inplace")

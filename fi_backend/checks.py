@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["check_offsets", "check_page_ids", "check_tensor"]
+__all__ = [
+    "check_mask_offsets",
+    "check_offsets",
+    "check_page_ids",
+    "check_tensor",
+    "unpack_cache",
+]
 
 
 def check_tensor(
@@ -75,6 +81,46 @@ def check_offsets(name: str, offsets: torch.Tensor, *, start_at_zero: bool = Fal
             f"{name} must never decrease; got {name}[{at}] = {int(offsets[at])} and "
             f"{name}[{at + 1}] = {int(offsets[at + 1])}"
         )
+
+
+def check_mask_offsets(
+    mask_indptr: torch.Tensor, qo_indptr: torch.Tensor, kv_lens: torch.Tensor, num_bytes: int
+) -> None:
+    """Check that packed masks hold the bits of every request; tensors on the host.
+
+    Args:
+        mask_indptr: int32 [R + 1], first byte of each request.
+        qo_indptr: int32 [R + 1], first query row of each request.
+        kv_lens: int32 [R], keys of each request.
+        num_bytes: of all masks.
+
+    Raises:
+        ValueError: an offset is negative or decreases, or leaves a request too few bytes.
+    """
+    check_offsets("mask_indptr", mask_indptr)
+    if int(mask_indptr[-1]) > num_bytes:
+        raise ValueError(
+            f"custom_mask must have mask_indptr[-1] = {int(mask_indptr[-1])} bytes; got {num_bytes}"
+        )
+    needed = (qo_indptr.diff().to(torch.int64) * kv_lens + 7) // 8
+    short = mask_indptr.diff() < needed
+    if bool(short.any()):
+        at = int(short.nonzero()[0])
+        raise ValueError(
+            f"mask_indptr must leave request {at} at least {int(needed[at])} bytes, a bit for each "
+            f"of its rows and keys; got {int(mask_indptr[at + 1] - mask_indptr[at])}"
+        )
+
+
+def unpack_cache(name: str, cache: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return a pair of caches as it is.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(cache, (tuple, list)) and len(cache) == 2:
+        return cache
+    raise TypeError(f"{name} must be a pair of tensors, (k, v); got {type(cache).__name__}")
 
 
 def check_page_ids(name: str, page_ids: torch.Tensor, *, num_pages: int) -> None:

@@ -201,7 +201,9 @@ def fast_decode_plan(
             f"q_len_per_req must be 1 without a prior plan() of this wrapper; got {q_len_per_req}"
         )
     check_lens("global_override_indptr_cpu", global_override_indptr_cpu, indptr, "indptr")
-    self.plan(
+    # The class's own: callers put partial(fast_decode_plan, wrapper) in the place of wrapper.plan.
+    type(self).plan(
+        self,
         indptr,
         indices,
         last_page_len,

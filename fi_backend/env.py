@@ -197,7 +197,9 @@ LOCK_TIMEOUT = Variable(
 )
 
 # How calls behave.
-CHECKED = _boolean("CHECKED", "Validate page ids and index pointers on the host before each run.")
+CHECKED = _boolean(
+    "CHECKED", "Validate page ids on the host before each run on a GPU; not in CUDA graphs."
+)
 SEPARATE_LAUNCHES = _boolean(
     "SEPARATE_LAUNCHES",
     "Run requests with few and with many query rows in launches of their own, also on sm_90.",
@@ -208,7 +210,7 @@ SHARED_PREFIX = _boolean(
 )
 DISABLE = _boolean("DISABLE", "Do not register with any engine.")
 STRICT = _boolean(
-    "STRICT", "SGLang: end the process, or refuse the model, rather than stand aside."
+    "STRICT", "End an engine's process, or refuse its model, rather than stand aside."
 )
 KEEP_FLASHINFER = _boolean("KEEP_FLASHINFER", "SGLang: leave the name flashinfer as it is.")
 AUTO = _boolean("AUTO", "Serve an engine even when it did not ask for us by name.")

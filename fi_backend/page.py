@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from fi_backend._page_ops import APPEND_POSITIONS, APPEND_SLOTS, BATCH_POSITIONS, unbind_cache
+from fi_backend._page_ops import (
+    APPEND_POSITIONS,
+    APPEND_SLOTS,
+    BATCH_POSITIONS,
+    to_int32,
+    unbind_cache,
+)
+from fi_backend.checks import unpack_cache
 from fi_backend.torch_ops import runs_directly
 
 __all__ = [
@@ -53,7 +60,7 @@ def append_to_cache(
         ValueError: a shape, stride or device is not allowed, a slot is outside the cache, or a
             scale is not above 0. (On CUDA slots, and scales in tensors, are not looked at.)
     """
-    k_cache, v_cache = kv_cache
+    k_cache, v_cache = unpack_cache("kv_cache", kv_cache)
     if runs_directly(
         "append_to_cache",
         key=key,
@@ -93,7 +100,7 @@ def append_paged_kv_cache(
     """Write new K and V rows at positions of their requests.
 
     The page table must already hold the pages of the new tokens. Nothing is written if an argument
-    is wrong. Index tensors are int32 (others are converted, into new memory).
+    is wrong. Index tensors are int32, or int64, which is converted into new memory.
 
     Args:
         append_key: [nnz, num_kv_heads, head_dim]; float32, float16, bfloat16, or the fp8 dtype of
@@ -210,10 +217,10 @@ def _append_positions(
         value,
         k_cache,
         v_cache,
-        batch_indices.int(),
-        positions.int(),
-        kv_indices.int(),
-        kv_indptr.int(),
+        to_int32("batch_indices", batch_indices),
+        to_int32("positions", positions),
+        to_int32("kv_indices", kv_indices),
+        to_int32("kv_indptr", kv_indptr),
     )
 
 

@@ -33,13 +33,16 @@ __all__ = ["Plan", "default_workers", "plan", "workspace_bytes"]
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's division of work. Layers whose specs share a geometry share it.
+    """A step's division of work. Layers whose specs share a geometry share it, one after the other.
+
+    Runs use its counters and its scratch memory, so two streams must not run one plan at once.
 
     Attributes:
         geometry: what the plan was made for; run() checks it against its spec.
         batch: the step's tensors; they must not change before the last run.
         buffer: int32 work line and piece table.
         partials: float32 scratch for the results of cut query tiles.
+        workspace: what lent it.
         num_workers: workers the line was divided among.
         split_tokens: as given to plan().
         num_tokens: query rows that the batch covers; None on a GPU, where the host does not know.
@@ -53,6 +56,7 @@ class Plan:
     batch: PagedBatch
     buffer: torch.Tensor
     partials: torch.Tensor
+    workspace: Workspace
     num_workers: int
     split_tokens: int
     num_tokens: int | None
@@ -148,10 +152,11 @@ def plan(
         batch: the step; validated here, before any kernel reads it.
         workspace: scratch memory on the batch's device.
         into: a plan whose buffer is refilled if it is large enough; its earlier contents are gone.
-            Made for the same geometry in the same workspace, it saves a step most of the checks.
+            Made for the same geometry in the same workspace, it saves a step most of the checks,
+            and steps of up to its requests stay in its memory, as a CUDA graph needs it.
         num_workers: pieces to divide the work into, each for a thread of the CPU that is free or
             for a thread block of a GPU. None for four pieces a thread of torch's, or three
-            blocks for each multiprocessor.
+            blocks for each multiprocessor: work with many query rows is divided among a third.
         split_tokens: 0 balances freely. n > 0 cuts a request's keys only at multiples of n, and
             -1 never cuts them: either makes a request's bits independent of its batch mates. 0 for
             a spec that is batch_invariant, whose requests are never cut.
@@ -172,7 +177,7 @@ def plan(
         and into.geometry is geometry
         and into.num_workers == workers
         and into.split_tokens == split_tokens
-        and into.partials is workspace.scratch
+        and into.workspace is workspace
         and workspace.device == device
         and share_prefixes in (None, into.looks_for_shares)
     )
@@ -206,6 +211,7 @@ def plan(
         batch=batch,
         buffer=buffer,
         partials=partials,
+        workspace=workspace,
         num_workers=workers,
         split_tokens=split_tokens,
         num_tokens=num_tokens,

@@ -45,10 +45,9 @@ def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
     """
     directly = _check(x, bitorder, "packbits")
     size = x.shape[0]
-    packed_size = (size + 7) // 8
-    indptr = torch.tensor([0, size], dtype=torch.int64, device=x.device)
-    out_indptr = torch.tensor([0, packed_size], dtype=torch.int64, device=x.device)
-    out = x.new_empty(packed_size, dtype=torch.uint8)
+    out = x.new_empty((size + 7) // 8, dtype=torch.uint8)
+    ends = torch.arange(2, device=x.device)  # made there: a copy from the host would wait
+    indptr, out_indptr = ends * size, ends * out.shape[0]
     run = _segment_packbits.direct if directly else _segment_packbits.traced
     run(x.bool().contiguous(), indptr, out_indptr, out, bitorder == "little")
     return out
@@ -71,13 +70,21 @@ def segment_packbits(
     Raises:
         TypeError: an argument is no tensor.
         ValueError: as :func:`packbits`, or `indptr` decreases or leaves ``[0, n]``.
+
+    The size of `packed` depends on the values of `indptr`, so on a GPU this waits for them.
     """
     directly = _check(x, bitorder, "segment_packbits", indptr=indptr)
     sizes = indptr[1:] - indptr[:-1]
     new_indptr = torch.zeros_like(indptr)
     new_indptr[1:] = torch.cumsum((sizes + 7) // 8, 0)
-    if directly and bool((sizes < 0).any()):
-        raise ValueError(f"indptr must never decrease; got {indptr.tolist()}")
+    if directly:
+        size = x.shape[0]
+        is_bad = torch.cat((indptr[:1] < 0, sizes < 0, indptr[-1:] > size))
+        if not len(indptr) or bool(is_bad.any()):
+            raise ValueError(
+                f"indptr must rise from 0 or more to {size}, the size of x, or less; "
+                f"got {indptr.tolist()}"
+            )
     out = x.new_empty(int(new_indptr[-1]) if len(indptr) else 0, dtype=torch.uint8)
     run = _segment_packbits.direct if directly else _segment_packbits.traced
     run(x.bool().contiguous(), indptr.long(), new_indptr.long(), out, bitorder == "little")

@@ -109,7 +109,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
 
         Args:
             qo_indptr: int32 [batch_size + 1], first query row of each request. This and the next
-                are each on the wrapper's device or on the host.
+                are each on the host, and copied, or on the wrapper's GPU, where run() reads them
+                in place without use_cuda_graph.
             kv_indptr: int32 [batch_size + 1], first key of each request.
             num_qo_heads: query heads, a multiple of num_kv_heads.
             num_kv_heads: key/value heads.
@@ -157,6 +158,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         kv_cache_sf: PagedCache | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Compute attention of the planned step for one layer.
 
@@ -172,6 +174,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             return_lse: return (out, lse); lse has base 2 and is -inf where a row sees no key.
             enable_pdl: a hint, without effect on the result.
             o_scale, kv_cache_sf: must be None.
+            sinks: float32 [num_qo_heads], logits that join the softmax denominators (and lse).
 
         Raises:
             TypeError, ValueError: an argument does not fit the plan; the message names it.
@@ -186,6 +189,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
                     f"{name} must have at least kv_indptr[-1] = {self._num_keys} tokens; "
                     f"got {tensor.shape[0]}"
                 )
+        if cache[0].shape[0] != cache[1].shape[0]:
+            raise ValueError(
+                f"v must have as many tokens as k, {cache[0].shape[0]}; got {cache[1].shape[0]}"
+            )
         return self._run(
             q,
             cache,
@@ -195,6 +202,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            sinks=sinks,
             variant_values=values,
         )
 

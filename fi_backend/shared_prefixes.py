@@ -53,8 +53,24 @@ def _max_states(geometry: Geometry, max_requests: int) -> int:
 
 def are_looked_for(batch: PagedBatch) -> bool:
     """Whether a step has a page table, and enough requests for shared pages to pay."""
-    has_table = batch.block_table is not None or batch.page_indices is not None
+    table = batch.block_table
+    # Groups have int32 places in the table.
+    has_table = batch.page_indices is not None if table is None else _span(table) < 1 << 31
     return has_table and batch.num_requests >= FEWEST_REQUESTS
+
+
+def _span(table: torch.Tensor) -> int:
+    """Count the elements from the first to the last of a block table."""
+    rows, width = table.shape
+    return (rows - 1) * table.stride(0) + width
+
+
+def _page_list(batch: PagedBatch) -> torch.Tensor:
+    """Return the step's page table as one list."""
+    if batch.block_table is None:
+        assert batch.page_indices is not None
+        return batch.page_indices
+    return batch.block_table.as_strided((_span(batch.block_table),), (1,))
 
 
 def shared_floats(geometry: Geometry, max_requests: int) -> int:
@@ -86,6 +102,7 @@ class SharedPrefixes:
     Attributes:
         batch: the step.
         is_active: whether the step is looked at.
+        pages: int32 [*], page ids of all requests, in one list.
         groups: what the search writes.
         group_plan: int32, the plan of the batch that groups make.
         partials: float32 workspace of the attention kernels.
@@ -98,6 +115,7 @@ class SharedPrefixes:
 
     batch: PagedBatch
     is_active: bool
+    pages: torch.Tensor
     groups: Groups
     group_plan: torch.Tensor
     partials: torch.Tensor
@@ -133,6 +151,7 @@ class SharedPrefixes:
         return cls(
             batch=batch,
             is_active=True,
+            pages=_page_list(batch),
             groups=groups,
             group_plan=group_plan,
             partials=workspace[:first],
@@ -154,7 +173,10 @@ class SharedPrefixes:
         groups = self.groups
         if groups.own_lens.shape[0] != requests:
             groups = self.capacity.of(requests)
-        return replace(self, batch=batch, is_active=are_looked_for(batch), groups=groups)
+        if not are_looked_for(batch):
+            return replace(self, batch=batch, is_active=False, groups=groups)
+        pages = _page_list(batch)
+        return replace(self, batch=batch, is_active=True, pages=pages, groups=groups)
 
     def plan(self, geometry: Geometry, plan_buffer: torch.Tensor, num_workers: int) -> None:
         """Find the step's groups, and plan the step and the batch that they make.
@@ -216,6 +238,7 @@ class SharedPrefixes:
             causal=False,
             window_left=-1,
             many_rows_only=True,
+            kept_states=-1,
             **common,
         )
 
@@ -239,8 +262,7 @@ class SharedPrefixes:
             k_scale: as there.
             num_workers: as planned.
         """
-        batch, groups = self.batch, self.groups
-        is_csr = batch.block_table is None
+        groups = self.groups
         (launch or self.kernels.run)(
             plan_buffer=self.group_plan,
             partials=self.partials,
@@ -251,10 +273,10 @@ class SharedPrefixes:
             lse=self.prior_lse,
             qo_indptr=groups.group_indptr,
             kv_lens=groups.group_lens,
-            page_indptr=groups.group_tables if is_csr else None,
-            page_indices=batch.page_indices,
-            block_table=batch.block_table,
-            request_rows=None if is_csr else groups.group_tables[:-1],
+            page_indptr=groups.group_tables,
+            page_indices=self.pages,
+            block_table=None,
+            request_rows=None,
             max_qo_len=None,
             alibi_slopes=None,
             sinks=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ __all__ = ["AttentionSpec", "Geometry", "supports"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (
+    "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "page_size", "window_left"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ class AttentionSpec:
             other requests nor on which of its rows are in the step. All rows then take the
             many-row kernel, uncut, which decodes more slowly.
         geometry: what plans depend on; equal geometries are one object, so that they compare fast.
+
+    Raises:
+        TypeError: a head count, head size, page_size or window_left is no integer.
     """
 
     num_qo_heads: int
@@ -118,8 +125,12 @@ class AttentionSpec:
     geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.head_dim_vo is None:
+            object.__setattr__(self, "head_dim_vo", self.head_dim_qk)
+        for name in _INTEGERS:
+            if type(getattr(self, name)) is not int:
+                object.__setattr__(self, name, _integer(name, getattr(self, name)))
         defaults = {
-            "head_dim_vo": self.head_dim_qk,
             "kv_dtype": self.q_dtype,
             "o_dtype": self.q_dtype,
             "sm_scale": 1.0 / math.sqrt(self.head_dim_qk) if self.head_dim_qk > 0 else 1.0,
@@ -166,6 +177,14 @@ class AttentionSpec:
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_qo_heads // self.num_kv_heads
+
+
+def _integer(name: str, value: object) -> int:
+    """Return what is an integer, of numpy for one, as an int."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {value!r}") from None
 
 
 def _head_dim_reason(name: str, value: int, limits: _Limits) -> str | None:
@@ -215,9 +234,9 @@ def supports(spec: AttentionSpec, device_type: str = "cpu") -> str | None:
         return f"sm_scale must be finite; got {spec.sm_scale}"
     if not (spec.logits_soft_cap >= 0.0 and math.isfinite(spec.logits_soft_cap)):
         return f"logits_soft_cap must be finite and at least 0; got {spec.logits_soft_cap}"
-    if spec.rope_theta < 0.0 or spec.rope_scale <= 0.0:
+    if not (0.0 <= spec.rope_theta < math.inf and 0.0 < spec.rope_scale < math.inf):
         return (
-            "rope_theta must be at least 0 and rope_scale above 0; "
+            "rope_theta must be finite and at least 0, and rope_scale finite and above 0; "
             f"got rope_theta={spec.rope_theta}, rope_scale={spec.rope_scale}"
         )
     if spec.rope_theta > 0.0 and not limits.rope:

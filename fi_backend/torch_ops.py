@@ -13,53 +13,13 @@ import torch
 
 from fi_backend.errors import UnsupportedError
 
-__all__ = ["OLDEST_COMPUTE_CAPABILITY", "Op", "has_cuda_kernel", "register", "runs_directly"]
+__all__ = ["OLDEST_COMPUTE_CAPABILITY", "Op", "register", "runs_directly"]
 
 _library = torch.library.Library("fi_backend", "FRAGMENT")
 # Subclasses (fake tensors among them) have no memory that a kernel could read.
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 # 10 * major + minor of the oldest GPUs that CUDA kernels run on: they need cp.async and bfloat16.
 OLDEST_COMPUTE_CAPABILITY = 80
-# Operations that have CUDA kernels; the others refuse CUDA tensors.
-_ON_CUDA = frozenset(
-    {
-        "append_paged_kv_cache",
-        "append_paged_mla_kv_cache",
-        "append_to_cache",
-        "apply_llama31_rope",
-        "apply_llama31_rope_inplace",
-        "apply_llama31_rope_pos_ids",
-        "apply_llama31_rope_pos_ids_inplace",
-        "apply_rope",
-        "apply_rope_inplace",
-        "apply_rope_pos_ids",
-        "apply_rope_pos_ids_inplace",
-        "apply_rope_with_cos_sin_cache",
-        "attention",
-        "fused_add_rmsnorm",
-        "fused_add_rmsnorm_quant",
-        "gelu_and_mul",
-        "gelu_tanh_and_mul",
-        "gemma_fused_add_rmsnorm",
-        "gemma_rmsnorm",
-        "get_batch_indices_positions",
-        "layernorm",
-        "layernorm_quant",
-        "merge_state",
-        "merge_state_in_place",
-        "merge_states",
-        "rmsnorm",
-        "rmsnorm_quant",
-        "rope_append_paged_kv_cache",
-        "rope_append_to_cache",
-        "silu_and_mul",
-    }
-)
-
-
-def has_cuda_kernel(operation: str) -> bool:
-    """Whether an operation takes CUDA tensors."""
-    return operation in _ON_CUDA
 
 
 class Op(NamedTuple):
@@ -95,12 +55,10 @@ def runs_directly(operation: str, /, **tensors: torch.Tensor) -> bool:
 
     Raises:
         TypeError: one of them is not a tensor.
-        UnsupportedError: one of them is on a device that has no kernels yet.
+        UnsupportedError: one of them is on a device that has no kernels.
     """
     for tensor in tensors.values():
-        if type(tensor) not in _PLAIN_TYPES or not (
-            tensor.is_cpu or (tensor.is_cuda and operation in _ON_CUDA)
-        ):
+        if type(tensor) not in _PLAIN_TYPES or not (tensor.is_cpu or tensor.is_cuda):
             return _needs_no_memory(operation, tensors)
     return not torch.compiler.is_compiling()
 
@@ -112,12 +70,9 @@ def _needs_no_memory(operation: str, tensors: dict[str, torch.Tensor]) -> bool:
                 f"fi_backend: {operation}: {name} must be a torch.Tensor; "
                 f"got {type(tensor).__name__}"
             )
-        device_type = tensor.device.type
-        if device_type not in ("cpu", "meta") and not (
-            device_type == "cuda" and operation in _ON_CUDA
-        ):
+        if tensor.device.type not in ("cpu", "cuda", "meta"):
             raise UnsupportedError(
-                f"fi_backend: {operation}: {tensor.device.type.upper()} tensors are not supported "
-                f"yet by this version; got {name} on device={tensor.device}, expected cpu"
+                f"fi_backend: {operation}: {tensor.device.type.upper()} tensors are not supported; "
+                f"got {name} on device={tensor.device}, expected cpu or cuda"
             )
     return False

@@ -71,10 +71,14 @@ def compile_kernels(
             raise UnsupportedError(f"compile_kernels: {reason}")
     kernels = attention_kernels(layers, device_type) if layers else []
     if step_tables:
-        target: Literal["cpu", "cuda"] = "cuda" if device_type == "cuda" else "cpu"
-        kernels += [page_table.page_table_spec(target), pack_masks.pack_masks_spec(target)]
+        kernels += _step_table_kernels(device_type)
     if kernels:
         build(kernels)
+
+
+def _step_table_kernels(device_type: str) -> list[KernelSpec]:
+    target: Literal["cpu", "cuda"] = "cuda" if device_type == "cuda" else "cpu"
+    return [page_table.page_table_spec(target), pack_masks.pack_masks_spec(target)]
 
 
 def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list[KernelSpec]:
@@ -112,7 +116,7 @@ def specs_for_model(config: Mapping[str, Any], device_type: str = "cpu") -> list
     """
     layers = model_layers(config, device_type)
     dtype, kv_dtype = layers[0].q_dtype, layers[0].kv_dtype
-    specs = attention_kernels(layers, device_type)
+    specs = attention_kernels(layers, device_type) + _step_table_kernels(device_type)
     if device_type == "cuda":
         return [
             *specs,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fi_backend.errors import UnsupportedError
+
 __all__ = ["Workspace"]
 
 
@@ -16,16 +18,22 @@ class Workspace:
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", *, buffer: torch.Tensor | None = None
+        self, device: torch.device | str | None = None, *, buffer: torch.Tensor | None = None
     ) -> None:
         """Make a workspace that starts with the caller's `buffer`, if there is one.
 
         Args:
-            device: where plans run.
+            device: where plans run; where `buffer` is if None, and without one the CPU.
             buffer: contiguous scratch of any dtype on `device`, aligned to 4 bytes.
+
+        Raises:
+            UnsupportedError: torch cannot use `device` on this machine.
+            ValueError: `buffer` is on another device.
         """
         if buffer is None:
-            buffer = torch.empty(0, dtype=torch.uint8, device=device)
+            buffer = _empty("cpu" if device is None else device)
+        elif device is not None and _empty(device).device != buffer.device:
+            raise ValueError(f"buffer must be on device {device}; got {buffer.device}")
         self.device = buffer.device
         scratch = buffer.reshape(-1).view(torch.uint8)
         self._partials = scratch[: scratch.numel() // 4 * 4].view(torch.float32)
@@ -37,11 +45,15 @@ class Workspace:
         return self._partials
 
     @property
-    def scratch(self) -> torch.Tensor:
-        """What partials() has last returned, or would return for fewer floats."""
-        return self._partials
-
-    @property
     def num_bytes(self) -> int:
         """Bytes held now."""
         return self._partials.numel() * self._partials.element_size()
+
+
+def _empty(device: torch.device | str) -> torch.Tensor:
+    try:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    except (AssertionError, RuntimeError) as error:  # without CUDA, torch fails an assertion
+        raise UnsupportedError(
+            f'device must be one that torch can use here, as "cpu"; got {device} ({error})'
+        ) from error

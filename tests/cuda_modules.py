@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -117,6 +118,14 @@ def mixed_spec(
 ) -> KernelSpec:
     """Return the attention module for both lines, of (q and output, cache) dtypes."""
     return attention_spec(mixed.mixed_spec, (*dtypes, dtypes[0], dims), tag)
+
+
+def mixed_trace_spec(
+    dtypes: tuple[torch.dtype, torch.dtype], tag: str = "", dims: tuple[int, int] = (128, 128)
+) -> KernelSpec:
+    """Return the module of mixed_spec() that records when each thread block is at which line."""
+    builder = partial(mixed.mixed_spec, trace=True)
+    return attention_spec(builder, (*dtypes, dtypes[0], dims), tag)
 
 
 def plan_spec(dtypes: tuple[()] = (), tag: str = "") -> KernelSpec:

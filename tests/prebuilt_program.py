@@ -97,6 +97,7 @@ def main(device: str, dtype_name: str, head_dim: str) -> None:
         sys.addaudithook(_forbid_programs)
         _run_attention(dtype, int(head_dim))
         _run_other_calls(dtype, int(head_dim))
+        fi.compile_kernels([], device, step_tables=True)
     print(f"{len(loader._modules)} modules, no program started")
 
 

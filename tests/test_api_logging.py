@@ -155,7 +155,17 @@ def test_values_that_hold_tensors_are_described_not_printed(record: Record) -> N
         "pair": (torch.ones(2), torch.ones(3)),
         "many": list(range(20)),
         "spec": spec,
-        "plan": Plan(spec.geometry, None, torch.ones(4), torch.ones(5), 1, 0, 1, 0),  # type: ignore[arg-type]
+        "plan": Plan(
+            spec.geometry,
+            None,  # type: ignore[arg-type]
+            torch.ones(4),
+            torch.ones(5),
+            fi_backend.Workspace(),
+            1,
+            0,
+            1,
+            0,
+        ),
         "other": object(),
     }
     text = record(3, torch.ones(2), options=options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tolerance import assert_accurate
 
 import fi_backend
 from fi_backend import AttentionSpec, PagedAttention, PagedBatch, Plan, Workspace
+from fi_backend import attention as attention_module
 
 SPEC = AttentionSpec(
     num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, q_dtype=torch.float32, page_size=16
@@ -107,6 +109,20 @@ def test_a_plan_refilled_for_more_requests_gets_a_larger_buffer() -> None:
     check_values(case, SPEC, PagedAttention(SPEC).run(second, case.q, case.kv))
 
 
+def test_a_refilled_plan_keeps_its_memory_when_the_workspace_grows() -> None:
+    """A CUDA graph that holds the first plan reads and writes where that was."""
+    case, workspace = make_case(), Workspace()
+    first = fi_backend.plan(SPEC, case.batch, workspace, num_workers=1)
+    larger = fi_backend.plan(SPEC, case.batch, workspace, num_workers=50)
+    assert larger.partials.data_ptr() != first.partials.data_ptr()
+    again = fi_backend.plan(SPEC, case.batch, workspace, into=first, num_workers=1)
+    assert again.partials.data_ptr() == first.partials.data_ptr()
+    assert again.buffer.data_ptr() == first.buffer.data_ptr()
+    check_values(case, SPEC, PagedAttention(SPEC).run(again, case.q, case.kv))
+    elsewhere = fi_backend.plan(SPEC, case.batch, Workspace(), into=first, num_workers=1)
+    assert elsewhere.partials.data_ptr() != first.partials.data_ptr()
+
+
 def test_padding_rows_are_zeroed_or_left_alone() -> None:
     case = make_case()
     plan = fi_backend.plan(SPEC, case.batch, Workspace())
@@ -166,6 +182,7 @@ BAD_RUNS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sinks": torch.randn(8)}, ValueError, "sinks must be None"),
     ({"alibi_slopes": torch.randn(8)}, ValueError, "alibi_slopes must be None"),
     ({"k_scale": torch.ones(3)}, ValueError, "k_scale"),
+    ({"v_scale": None}, TypeError, "v_scale must be a float or a torch.Tensor; got NoneType"),
 ]
 
 
@@ -202,17 +219,95 @@ def test_ragged_keys_must_cover_the_batch() -> None:
         PagedAttention(spec).run(plan, q, (kv, kv))
 
 
-def test_checked_mode_finds_page_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page_id", [-1, 1 << 27])
+@pytest.mark.parametrize("checked", ["0", "1"])
+def test_page_ids_out_of_range_are_found(
+    monkeypatch: pytest.MonkeyPatch, checked: str, page_id: int
+) -> None:
+    monkeypatch.setenv("FI_BACKEND_CHECKED", checked)
     case = make_case()
     table = case.cache.block_table.clone()
-    table[2, 1] = case.kv[0].shape[0]
+    table[2, 1] = page_id
     batch = dataclasses.replace(case.batch, block_table=table)
     plan = fi_backend.plan(SPEC, batch, Workspace())
-    monkeypatch.setenv("FI_BACKEND_CHECKED", "1")
-    with pytest.raises(ValueError, match=r"block_table\[2\] must hold page ids in \[0, "):
+    with pytest.raises(ValueError, match=rf"block_table\[2\] must hold .*; got {page_id}"):
         PagedAttention(SPEC).run(plan, case.q, case.kv)
     good = fi_backend.plan(SPEC, case.batch, Workspace())
     PagedAttention(SPEC).run(good, case.q, case.kv)
+
+
+def test_pages_that_no_row_sees_may_have_any_id() -> None:
+    """Left of a window, where engines free pages, as well as past a request's length."""
+    spec = dataclasses.replace(SPEC, window_left=5, page_size=4)
+    cache, q = torch.randn(3, 4, 2, 64), torch.randn(2, 8, 64)
+    rows, lens = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([18], dtype=torch.int32)
+
+    def run(pages: list[int]) -> torch.Tensor:
+        table = torch.tensor([pages], dtype=torch.int32)
+        plan = fi_backend.plan(spec, PagedBatch(rows, lens, block_table=table), Workspace())
+        out = PagedAttention(spec).run(plan, q, (cache, cache))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    # Of tokens 0 to 17, the rows of tokens 16 and 17 see those from 11 on, in the third page.
+    assert torch.equal(run([1 << 27, -1, 2, 0, 1, -1]), run([0, 0, 2, 0, 1, 0]))
+    with pytest.raises(ValueError, match=r"block_table\[0\] must hold .*; got 3"):
+        run([0, 0, 3, 0, 1])
+
+
+def test_checked_mode_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = types.SimpleNamespace(kv_lens=types.SimpleNamespace(is_cuda=True))
+    step = types.SimpleNamespace(batch=on_gpu, geometry=SPEC.geometry)
+    with pytest.raises(RuntimeError, match=r"FI_BACKEND_CHECKED=1 .* CUDA graph .* unset it"):
+        attention_module._check_used_pages(step, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mask_indptr", "message"),
+    [
+        ([0, 1], r"mask_indptr must leave request 0 at least 12 bytes.*; got 1"),
+        ([1, 12], "at least 12 bytes.*; got 11"),
+        ([-1, 12], r"mask_indptr\[0\] must be at least 0; got -1"),
+        ([12, 0], "mask_indptr must never decrease"),
+        ([0, 14], r"custom_mask must have mask_indptr\[-1\] = 14 bytes; got 13"),
+    ],
+)
+def test_masks_hold_a_bit_for_every_row_and_key(mask_indptr: list[int], message: str) -> None:
+    spec = dataclasses.replace(SPEC, custom_mask=True)
+    rows, lens = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([31], dtype=torch.int32)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    plan = fi_backend.plan(spec, PagedBatch(rows, lens, block_table=table), Workspace())
+    layer, cache, q = PagedAttention(spec), torch.randn(1, 16, 2, 64), torch.randn(3, 8, 64)
+    bits = torch.full((13,), 255, dtype=torch.uint8)
+
+    def run(offsets: list[int]) -> None:
+        indptr = torch.tensor(offsets, dtype=torch.int32)
+        layer.run(plan, q, (cache, cache), custom_mask=bits, mask_indptr=indptr)
+
+    run([1, 13])
+    with pytest.raises(ValueError, match=message):
+        run(mask_indptr)
+
+
+def test_a_cache_is_a_pair(ready: tuple[Case, Plan]) -> None:
+    case, plan = ready
+    with pytest.raises(TypeError, match=r"kv_cache must be a pair of tensors.*; got NoneType"):
+        PagedAttention(SPEC).run(plan, case.q, None)  # type: ignore[arg-type]
+
+
+def test_a_workspace_is_where_its_buffer_is() -> None:
+    buffer = torch.empty(64, dtype=torch.uint8)
+    assert Workspace(buffer=buffer).device == Workspace("cpu", buffer=buffer).device
+    with pytest.raises(ValueError, match="buffer must be on device meta; got cpu"):
+        Workspace("meta", buffer=buffer)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_torch_cannot_use_is_named() -> None:
+    for make in (Workspace, lambda device: fi_backend.BatchAttention(device=device)):
+        with pytest.raises(fi_backend.errors.UnsupportedError, match=r"device must be .*got cuda"):
+            make("cuda")
 
 
 @pytest.mark.parametrize(

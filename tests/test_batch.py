@@ -71,6 +71,7 @@ CSR: dict[str, Any] = {
             r"qo_indptr\[1\] = 3 .*qo_indptr\[2\] = 1",
         ),
         (GOOD | {"qo_indptr": i32(-1, 1, 3)}, ValueError, r"qo_indptr\[0\] .*-1"),
+        (GOOD | {"qo_indptr": i32(2, 3, 5)}, ValueError, r"qo_indptr\[0\] must be 0; got 2"),
         (GOOD | {"qo_indptr": i32(0, 3)}, ValueError, r"qo_indptr must have shape \[3\]"),
         (GOOD | {"qo_indptr": GOOD["qo_indptr"].long()}, TypeError, "qo_indptr .*int32.*int64"),
         (GOOD | {"kv_lens": i32(-1, 8)}, ValueError, r"kv_lens\[0\] = -1"),

@@ -102,6 +102,8 @@ def test_refusals() -> None:
     plan(attention, case, table, 16)
     with pytest.raises(ValueError, match="logits_soft_cap must be what plan"):
         attention.run(case.rows, table.cache, logits_soft_cap=3.0)
+    with pytest.raises(ValueError, match=r"logits_soft_cap must be what plan.*; got nan"):
+        attention.run(case.rows, table.cache, logits_soft_cap=float("nan"))
     with pytest.raises(ValueError, match=r"does not match qo_indptr\[-1\] \(10\)"):
         attention.run(case.rows[:-1], table.cache)
     with pytest.raises(TypeError, match=r"q must have dtype torch\.float32"):
@@ -135,6 +137,20 @@ def test_sink_wrapper(window_left: int) -> None:
     assert torch.equal(by_name, wrapper.run(case.rows, table.cache, sink, 1 / 8))
     plain = case.expected(sm_scale=0.2, **options)[0]
     assert (got[0] - plain).abs().max() > 0.1, "sinks this large must show"
+
+
+def test_sink_wrapper_keeps_few_layers() -> None:
+    case = make_case([1, 40], [300, 40])
+    table = case.paged(16)
+    wrapper = sink_wrapper()
+    args = (case.qo_indptr, table.indptr, table.indices, table.last_page_len, *case.heads, 16)
+    wrapper.plan(*args, q_data_type=F32)
+    sink = torch.zeros(4)
+    first = wrapper.run(case.rows, table.cache, sink, 0.1)
+    for step in range(20):
+        wrapper.run(case.rows, table.cache, sink, 0.2 + step / 64)
+    assert len(wrapper._layers) <= 8
+    assert torch.equal(wrapper.run(case.rows, table.cache, sink, 0.1), first)
 
 
 def test_sink_wrapper_refuses() -> None:

@@ -133,7 +133,10 @@ def test_prefill_with_shared_prefix(causal: bool) -> None:
     args = (case.qo_indptr, table.indptr, table.indices, table.last_page_len, *case.heads, 4)
     with pytest.raises(ValueError, match="paged_kv_indptr must never decrease"):
         wrapper.begin_forward(args[0], -table.indptr.cpu(), *args[2:])
-    wrapper.begin_forward(*args)
+    tables = [tensor.clone() for tensor in args[:4]]
+    wrapper.begin_forward(*tables, *args[4:])
+    for tensor in tables:
+        tensor.fill_(1)  # the next step's, before this one has run
     for sm_scale in (None, 0.3):
         out = wrapper.forward(
             case.rows, *prefix.ragged(), table.cache, causal=causal, sm_scale=sm_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,6 +92,20 @@ def test_fast_decode_plan_matches_plan() -> None:
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", ["plan", "begin_forward"])
+def test_fast_decode_plan_in_the_place_of_a_method(name: str) -> None:
+    """As engines do, so that it must not call what it replaces."""
+    case = make_case([1, 1], [40, 5])
+    table = case.paged(4)
+    wrapper = decode_wrapper()
+    setattr(wrapper, name, partial(fi.fast_decode_plan, wrapper))
+    plan_it = getattr(wrapper, name)
+    args = (table.indptr, table.indices, table.last_page_len, *case.heads, 4)
+    plan_it(*args, q_data_type=default_dtype())
+    assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
+
+
+@pytest.mark.usefixtures("device")
 def test_workspace_of_the_stated_size_is_used_and_enough() -> None:
     case = make_case([1] * 6, [400, 5, 0, 77, 800, 64])
     table = case.paged(16)
@@ -136,6 +151,14 @@ def test_workspace_of_the_stated_size_is_used_and_enough() -> None:
         ({"head_dim": 0}, UnsupportedError, "multiple of 8 up to 512 on cpu; got 0"),
         ({"num_qo_heads": 0}, UnsupportedError, "num_qo_heads must be a positive multiple"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
+        ({"page_size": 4.0}, TypeError, "page_size must be an int; got 4.0"),
+        ({"num_kv_heads": 2.0}, TypeError, "num_kv_heads must be an int; got 2.0"),
+        ({"logits_soft_cap": float("nan")}, UnsupportedError, "logits_soft_cap .*; got nan"),
+        (
+            {"window": 3},
+            TypeError,
+            "BatchDecodeWithPagedKVCacheWrapper.plan: unknown argument 'window'; it takes pos",
+        ),
         ({"q_data_type": "float99"}, TypeError, "q_data_type must be a torch.dtype"),
         ({"q_data_type": torch.float64}, UnsupportedError, "q_dtype must be one of"),
         ({"kv_data_type": torch.uint8}, UnsupportedError, "kv_dtype must be one of"),
@@ -203,8 +226,19 @@ def test_run_refuses(change: dict[str, Any], error: type[Exception], message: st
         wrapper.run(q, cache, **arguments)
 
 
-def test_checked_mode_finds_page_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FI_BACKEND_CHECKED", "1")
+def test_a_plan_is_of_what_host_tensors_held() -> None:
+    """As where a GPU runs it: the next step's table may be filled in meanwhile."""
+    case = make_case([1, 1], [40, 5])
+    table = case.paged(4)
+    metadata = (table.indptr, table.indices, table.last_page_len)
+    wrapper = decode_wrapper()
+    wrapper.plan(*metadata, *case.heads, 4, q_data_type=F32)
+    for tensor in metadata:
+        tensor.fill_(1)
+    assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
+
+
+def test_page_ids_out_of_range_are_found() -> None:
     wrapper = decode_wrapper()
     wrapper.plan(int32([0, 1, 2]), int32([0, 2]), int32([3, 4]), 4, 2, 64, 4, q_data_type=F32)
     with pytest.raises(ValueError, match=r"page ids in \[0, 2\); got 2"):

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fi_backend.integrations.sglang import registration as sglang
+from fi_backend.integrations.vllm import registration as vllm
+
 ROOT = Path(__file__).parent.parent
 
 RUN_A_KERNEL = """
@@ -54,6 +57,22 @@ def test_wheel_carries_every_kernel_source(wheel: Path) -> None:
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "fi_backend.integrations.vllm:register" in text
     assert "fi-backend = fi_backend.cli:main" in text
+
+
+def test_extras_name_the_tested_engines(wheel: Path) -> None:
+    """A newer engine, which the plugins leave alone, is not what an extra should install."""
+    inside = zipfile.ZipFile(wheel)
+    metadata = next(name for name in inside.namelist() if name.endswith("METADATA"))
+    lines = inside.read(metadata).decode().splitlines()
+    for bounds in (
+        f'vllm<{_after(vllm._NEWEST_TESTED)},>=0.25.1; extra == "vllm"',
+        f'sglang<{_after(sglang._NEWEST_TESTED)},>=0.5.17; extra == "sglang"',
+    ):
+        assert f"Requires-Dist: {bounds}" in lines
+
+
+def _after(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, (*version[:-1], version[-1] + 1)))
 
 
 def test_kernel_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:

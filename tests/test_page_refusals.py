@@ -79,6 +79,41 @@ def test_bad_scales_and_cache_dtypes(device: str) -> None:
     assert all(bool((part.float() == 7).all()) for part in cache)
 
 
+def test_index_tensors_of_other_dtypes(device: str) -> None:
+    """int64 serves as int32 does; what does not fit is no place, and floats are no indices."""
+    cache = make_cache("NHD", torch.float32)
+    arguments = {
+        "batch_indices": [0, 0],
+        "positions": [0, 1],
+        "kv_indices": [4],
+        "kv_indptr": [0, 1],
+        "kv_last_page_len": [2],
+    }
+    tensors = {name: torch.tensor(value) for name, value in arguments.items()}
+
+    def append(**changed: torch.Tensor) -> None:
+        rows = KEY.to(device), VALUE.to(device)
+        fi_backend.append_paged_kv_cache(*rows, paged_kv_cache=cache, **tensors | changed)
+
+    for name in ("batch_indices", "positions", "kv_indices", "kv_indptr"):
+        with pytest.raises(TypeError, match=f"{name} must have dtype .*int64; got torch.float32"):
+            append(**{name: tensors[name].float()})
+    for name, value in (("batch_indices", 2**32), ("positions", 2**32 + 3), ("kv_indices", 2**40)):
+        with value_error(device, "got request .* and position"):
+            append(**{name: torch.full_like(tensors[name], value)})
+    assert bool((cache[0] == 7).all())
+    append()
+    assert bool((cache[0][4, :2] == 0).all())
+
+
+def test_a_cache_is_a_tensor_or_a_pair() -> None:
+    indices = [torch.zeros(2, dtype=torch.int32)] * 5
+    with pytest.raises(TypeError, match=r"paged_kv_cache must be a pair of tensors.*got NoneType"):
+        fi_backend.append_paged_kv_cache(KEY, KEY, *indices[:2], None, *indices[2:])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"kv_cache must be a pair of tensors.*got NoneType"):
+        fi_backend.append_to_cache(KEY, VALUE, None, SLOTS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("message", "changed", "pages_written"),
     [

@@ -101,6 +101,16 @@ def test_scales_act_on_q_k_and_v() -> None:
 
 
 @pytest.mark.usefixtures("device")
+def test_sinks_join_the_denominators() -> None:
+    case = make_case(QO_LENS, KV_LENS)
+    wrapper = make_wrapper()
+    plan(wrapper, case, causal=True)
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    got = wrapper.run_return_lse(case.rows, *case.ragged(), sinks=sinks)
+    assert_state(got, case.expected(causal=True, sinks=sinks))
+
+
+@pytest.mark.usefixtures("device")
 def test_custom_mask_and_forward() -> None:
     case = make_case(QO_LENS, KV_LENS)
     masks = [torch.rand(len(q), len(k)) < 0.4 for q, k in zip(case.q, case.k, strict=True)]

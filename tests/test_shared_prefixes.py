@@ -183,6 +183,31 @@ def test_a_long_prefix_in_many_parts(device: str, num_rows: int) -> None:
     sharing.judge(*sharing.run(plan, sinks=sinks), sinks=sinks)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_prefixes_behind_others(device: str, num_rows: int) -> None:
+    """Two roots with two branches each, requests at roots, and a prefix without branches."""
+    branches = [Branch(i % 2, 300 + i) for i in range(4)]
+    step = SharingStep(
+        tree=(Branch(-1, 70), Branch(-1, 90), *branches, Branch(-1, 50)),
+        nodes=(2, 3, 4, 5, 6, 0, 1) * 4,
+        own_lens=(40, 7, 3, 100, 300, 5, 33) * 4,
+        qo_lens=(num_rows,) * 28,
+        page_size=16,
+        table="rows32",
+    )
+    sharing = Sharing(step, SPEC, device)
+    plan = sharing.plan(share=True, num_workers=72)
+    assert plan.shares is not None
+    groups = plan.shares.groups
+    assert groups.first_pages.tolist() == [370, 391, 372, 393, 50, 70, 90] * 4
+    # Each row is in a group of each level: in one of the roots or of the prefix, and behind it.
+    num_states = int(plan.shares.group_plan[19])
+    assert groups.group_indptr[-1] == 2 * 28 * num_rows
+    assert num_states % 2 == 0
+    assert (num_states > 2) == (device == "cuda")
+    sharing.judge(*sharing.run(plan))
+
+
 def test_requests_of_which_a_window_hides_keys_share_none(device: str) -> None:
     sharing = Sharing(TREE, replace(SPEC, window_left=480), device)
     plan = sharing.plan(share=True)
@@ -199,6 +224,28 @@ def test_page_tables(device: str, table: str) -> None:
     plan = sharing.plan(share=True)
     assert num_shared(plan) == 10
     sharing.judge(*sharing.run(plan))
+
+
+def test_a_block_table_that_is_a_part_of_another(device: str) -> None:
+    sharing = Sharing(TREE, SPEC, device)
+    table = sharing.batch.block_table
+    assert table is not None
+    rows, width = table.shape
+    wide = torch.full((rows + 3, width + 5), 1 << 30, dtype=torch.int32, device=device)
+    part = wide[2 : 2 + rows, 3 : 3 + width]
+    part.copy_(table)
+    sharing.batch = replace(sharing.batch, block_table=part)
+    plan = sharing.plan(share=True)
+    assert num_shared(plan) == 10
+    sharing.judge(*sharing.run(plan))
+
+
+@pytest.mark.parametrize(("rows", "is_searched"), [(1 << 15, True), (1 << 16, False)])
+def test_places_in_a_searched_table_fit_32_bits(rows: int, is_searched: bool) -> None:
+    table = torch.empty((rows, 1 << 15), dtype=torch.int32, device="meta")
+    lens = torch.empty(64, dtype=torch.int32, device="meta")
+    batch = PagedBatch(torch.empty(65, dtype=torch.int32, device="meta"), lens, block_table=table)
+    assert shared_prefixes.are_looked_for(batch) == is_searched
 
 
 def test_bits_are_the_same_in_every_run(device: str) -> None:
@@ -228,6 +275,24 @@ def test_a_plan_serves_steps_of_other_sizes(device: str) -> None:
         assert plan.shares is not None
         assert plan.shares.groups.own_lens.data_ptr() == memory
         sharing.judge(*sharing.run(plan))
+
+
+def test_a_refilled_plan_keeps_its_memory_when_the_workspace_grows(device: str) -> None:
+    workspace = Workspace(device)
+    sharing = Sharing(TREE, SPEC, device)
+    first = sharing.plan(share=True, workspace=workspace)
+    larger = sharing.plan(share=True, workspace=workspace, num_workers=99)
+    assert larger.partials.data_ptr() != first.partials.data_ptr()
+    again = sharing.plan(share=True, workspace=workspace, into=first)
+
+    def places(plan: Plan) -> list[int]:
+        shares = plan.shares
+        assert shares is not None
+        memory = (plan.buffer, shares.partials, shares.group_plan, shares.prior_out)
+        return [tensor.data_ptr() for tensor in memory]
+
+    assert places(again) == places(first)
+    sharing.judge(*sharing.run(again))
 
 
 def test_an_operator_can_turn_it_on(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,7 +47,10 @@ def test_a_custom_mask_takes_the_place_of_the_causal_one() -> None:
         ({"window_left": -2}, ("window_left", "-2")),
         ({"sm_scale": float("nan")}, ("sm_scale", "nan")),
         ({"logits_soft_cap": -1.0}, ("logits_soft_cap", "-1.0")),
+        ({"logits_soft_cap": float("nan")}, ("logits_soft_cap", "nan")),
         ({"rope_theta": -1.0}, ("rope_theta", "-1.0")),
+        ({"rope_theta": float("nan")}, ("rope_theta", "nan")),
+        ({"rope_theta": 1e4, "rope_scale": float("inf")}, ("rope_scale", "inf")),
     ],
 )
 def test_every_limit_is_named(change: dict[str, object], words: tuple[str, ...]) -> None:
@@ -72,6 +76,22 @@ def test_limits_of_cuda_are_named(change: dict[str, object], words: tuple[str, .
     assert reason is not None
     for word in words:
         assert word in reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_qo_heads": 8.0}, {"head_dim_vo": 64.0}, {"page_size": "16"}, {"window_left": 3.5}],
+)
+def test_counts_are_integers(change: dict[str, object]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(TypeError, match=f"{name} must be an int; got {value!r}"):
+        dataclasses.replace(SPEC, **change)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    other = dataclasses.replace(SPEC, num_qo_heads=np.int64(8), page_size=np.int32(1))
+    assert other.geometry is SPEC.geometry
+    assert type(other.num_qo_heads) is int
 
 
 def test_other_devices_are_refused() -> None:

@@ -27,6 +27,17 @@ def test_decode(options: dict[str, Any]) -> None:
     assert_compiles(lambda q, kv: wrapper.run_return_lse(q, kv, **options), case.rows, table.cache)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_single_calls(return_lse: bool) -> None:
+    q, k, v = (torch.randn(rows, heads, 64) for rows, heads in ((3, 4), (20, 2), (20, 2)))
+    mask = torch.rand(3, 20) < 0.5
+    options = {"return_lse": return_lse}
+    prefill, decode = fi.single_prefill_with_kv_cache, fi.single_decode_with_kv_cache
+    assert_compiles(lambda q, k, v: prefill(q * 2, k, v, causal=True, **options), q, k, v)
+    assert_compiles(lambda q, k, v: prefill(q, k, v, custom_mask=mask, **options), q, k, v)
+    assert_compiles(lambda q, k, v: decode(q[0], k, v, k_scale=2.0, **options), q, k, v)
+
+
 def test_ragged_prefill_with_custom_mask() -> None:
     case = make_case([5, 2], [9, 30])
     wrapper = fi.BatchPrefillWithRaggedKVCacheWrapper(workspace())

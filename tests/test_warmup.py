@@ -27,7 +27,7 @@ def names(config: dict[str, Any]) -> set[str]:
 def test_a_llama_needs_one_module_of_each_family() -> None:
     families = {name.split("_")[0] for name in names(LLAMA)}
     assert families == {
-        "plan", "decode", "prefill", "append", "merge", "norm", "rope", "activation"
+        "plan", "decode", "prefill", "append", "merge", "norm", "rope", "activation", "page", "pack"
     }  # fmt: skip
     assert any("bf16" in name and "d128x128" in name for name in names(LLAMA))
 
@@ -58,6 +58,8 @@ def test_kernels_for_a_gpu() -> None:
         "rope_cuda_bf16",
         "activation_cuda_bf16",
         "rope_append_cuda_bf16_e4m3",
+        "page_table_cuda",
+        "pack_masks_cuda",
     }
     with pytest.raises(ValueError, match=r"q_dtype must be one of .* on cuda"):
         specs_for_model(LLAMA | {"torch_dtype": "float32"}, "cuda")

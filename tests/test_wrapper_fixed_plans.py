@@ -129,6 +129,23 @@ def test_forward_may_replace_options_within_a_step() -> None:
             assert_state(got, case.expected(**options))
 
 
+def test_forward_leaves_alone_what_a_graph_holds() -> None:
+    """A captured run() reads its plan's buffer, whatever forward() is asked for between replays."""
+    wrapper, _ = graph_decode_wrapper(2, 20)
+    case = make_case([1, 1], [33, 5])
+    table = case.paged(4)
+    plan_decode(wrapper, case, table, 4)
+    captured = wrapper._planned()[1]
+    held = captured.buffer.clone()
+    for window_left in (6, 6, -1, 6):
+        got = wrapper.forward_return_lse(case.rows, table.cache, window_left=window_left)
+        assert_state(got, case.expected(window_left=window_left))
+        assert torch.equal(captured.buffer, held)
+    plan_decode(wrapper, case, table, 4)
+    assert wrapper._planned()[1].buffer.data_ptr() == captured.buffer.data_ptr()
+    assert_state(wrapper.run_return_lse(case.rows, table.cache), case.expected())
+
+
 def test_a_planned_wrapper_keeps_its_workspace() -> None:
     wrapper, _ = graph_decode_wrapper(2, 20)
     wrapper.reset_workspace_buffer(workspace(), workspace())

@@ -8,7 +8,9 @@ out is kept; ``+PTX`` adds forward-compatible code, ``compute_80`` asks for that
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +18,7 @@ from fi_backend import env
 from fi_backend.errors import EnvironmentVariableError, ToolchainError, UnsupportedError
 
 _TOKEN = re.compile(r"(?:(\d+)\.(\d)|(sm|compute)_(\d+)(\d))([af]?)(\+PTX)?", re.IGNORECASE)
-_MIN_MAJOR = 7
+_MIN_MAJOR = 8  # cp.async and bf16
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +102,7 @@ def parse_list(text: str) -> tuple[Arch, ...]:
 
 @lru_cache(maxsize=1)
 def detect() -> tuple[tuple[int, int], ...]:
-    """Return the compute capabilities of the GPUs present, sorted and distinct.
+    """Return the compute capabilities of the GPUs that CUDA shows us, sorted and distinct.
 
     Asks NVML, which needs no CUDA context, so that a later fork stays safe; once per process, for
     it takes 17 ms. Empty without a GPU.
@@ -115,19 +117,49 @@ def detect() -> tuple[tuple[int, int], ...]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return ()
-        return tuple(sorted(filter(None, {_capability(nvml, i) for i in range(count.value)})))
+        devices = [_describe(nvml, index) for index in range(count.value)]
     finally:
         nvml.nvmlShutdown()
+    seen = {devices[index][1] for index in _visible([uuid for uuid, _ in devices])}
+    return tuple(sorted(filter(None, seen)))
 
 
-def _capability(nvml: ctypes.CDLL, index: int) -> tuple[int, int] | None:
+def _describe(nvml: ctypes.CDLL, index: int) -> tuple[str, tuple[int, int] | None]:
+    """Return the UUID and the compute capability of a GPU, in NVML's order."""
     device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    uuid = ctypes.create_string_buffer(96)
     if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
-        return None
+        return "", None
+    nvml.nvmlDeviceGetUUID(device, uuid, len(uuid))
     query = nvml.nvmlDeviceGetCudaComputeCapability
     if query(device, ctypes.byref(major), ctypes.byref(minor)) != 0:
-        return None
-    return major.value, minor.value
+        return "", None
+    return uuid.value.decode(), (major.value, minor.value)
+
+
+def _visible(uuids: Sequence[str]) -> list[int]:
+    """Return the places of the GPUs that CUDA_VISIBLE_DEVICES shows, or of all if that is unclear.
+
+    Numbers count GPUs in NVML's order only if CUDA_DEVICE_ORDER says so, and who owns a MIG slice
+    is not asked.
+    """
+    everything = list(range(len(uuids)))
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return everything
+    in_bus_order = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    found: list[int] = []
+    for word in map(str.strip, text.split(",")):
+        if word.startswith("MIG-") or (word.isdecimal() and not in_bus_order):
+            return everything
+        if word.isdecimal():
+            places = [int(word)] if int(word) < len(uuids) else []
+        else:
+            places = [i for i, uuid in enumerate(uuids) if word and uuid.startswith(word)]
+        if not places:  # CUDA looks at nothing behind a name of no GPU
+            break
+        found += places
+    return found
 
 
 def resolve() -> tuple[Arch, ...]:
@@ -135,7 +167,7 @@ def resolve() -> tuple[Arch, ...]:
 
     Raises:
         EnvironmentVariableError: the variable does not parse.
-        ToolchainError: it is unset and there is no GPU.
+        ToolchainError: it is unset and there is no GPU that kernels can be compiled for.
     """
     text = env.CUDA_ARCH_LIST.get()
     if text is not None:
@@ -146,13 +178,17 @@ def resolve() -> tuple[Arch, ...]:
                 f"{env.CUDA_ARCH_LIST.name}={text!r} is not allowed: {error}; "
                 "write for example '9.0a', '8.0 9.0a', '8.0+PTX' or 'compute_80'"
             ) from None
-    found = detect()
-    if not found:
+    # An old card that drives a display does not matter: nothing is compiled for it.
+    found = [Arch(major, minor, _with_suffix(major)) for major, minor in detect()]
+    usable = tuple(arch for arch in found if arch.major >= _MIN_MAJOR)
+    if not usable:
+        seen = f"the GPUs here are of {', '.join(map(str, found))}" if found else "no GPU answers"
         raise ToolchainError(
-            "cannot tell which CUDA architecture to compile for: no GPU answers through NVML; "
+            "cannot tell which CUDA architecture to compile for: need a GPU of compute capability "
+            f"{_MIN_MAJOR}.0 or later, and {seen} through NVML under CUDA_VISIBLE_DEVICES; "
             f"set {env.CUDA_ARCH_LIST.name}, for example to 9.0a"
         )
-    return tuple(Arch(major, minor, _with_suffix(major)) for major, minor in found)
+    return usable
 
 
 def select(

@@ -116,7 +116,7 @@ def _compile(
 ) -> dict[str, Path]:
     """Build requests whose locks we hold as one graph; publish each as soon as it is linked."""
     chains = {target: toolchain.describe(target) for target in {r.spec.target for r in requests}}
-    modules = {r.family: _prepare(r, chains[r.spec.target]) for r in requests}
+    modules = {r.family: _prepare(r, chains[r.spec.target], locks[r.family]) for r in requests}
     by_family = {r.family: r for r in requests}
     published: dict[str, Path] = {}
     started = time.monotonic()
@@ -146,10 +146,10 @@ def _compile(
     return published
 
 
-def _prepare(request: Request, chain: toolchain.Toolchain) -> ninja.Module:
+def _prepare(request: Request, chain: toolchain.Toolchain, lock: BuildLock) -> ninja.Module:
     spec = request.spec
     units = render.render(spec)
-    directory = store.new_build_dir(request)
+    directory = store.new_build_dir(request, is_only_builder=lock.keeps_others_out)
     for unit, text in units.items():
         (directory / unit).write_text(text, encoding="utf-8")
     return ninja.Module(

@@ -24,19 +24,21 @@ class BuildLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
+        self.keeps_others_out = False  # while it is held; not on a file system without locks
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
+        self.keeps_others_out = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return False
         except OSError:
-            # A file system without locks: publishing is atomic anyway, at worst two build it.
-            pass
+            # Publishing is atomic anyway: at worst two build it, each in a directory of its own.
+            self.keeps_others_out = False
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         self._descriptor = descriptor

@@ -72,8 +72,10 @@ def compile_command(module: Module, unit: str) -> list[str]:
     if unit.endswith(".cu"):
         assert chain.nvcc is not None
         # A .cu is device code and its launcher: it never sees tvm-ffi, which costs seconds there.
-        host = ["-ccbin", chain.cxx[-1], f"--threads={module.nvcc_threads}"]
-        return [chain.nvcc, *host, *module.flags.cuda, *ours, *cuda, *files]
+        compiler, own_flags = chain.host_compiler()
+        host = ["-ccbin", compiler, *(f"-Xcompiler={flag}" for flag in own_flags)]
+        threads = f"--threads={module.nvcc_threads}"
+        return [chain.nvcc, *host, threads, *module.flags.cuda, *ours, *cuda, *files]
     moved = f"-ffile-prefix-map={module.directory}={module.published}"
     ffi = [f"-isystem{module.tvm_ffi / 'include'}"]
     return [*chain.cxx, *module.flags.cxx, moved, *ours, *ffi, *cuda, *files]

@@ -238,16 +238,20 @@ def lock_path(request: Request) -> Path:
     return write_root() / "locks" / f"{request.family}.{request.entry}"
 
 
-def new_build_dir(request: Request) -> Path:
+def new_build_dir(request: Request, *, is_only_builder: bool) -> Path:
     """Return a fresh build directory, and remove those of dead builders.
 
-    The caller holds the build lock, so nobody alive uses another one of the same entry. Those of
-    other entries (failed, then never tried again) go when they are old.
+    Args:
+        request: the entry to be built.
+        is_only_builder: the caller holds a build lock that keeps others out, so nobody alive uses
+            another directory of the same entry. Those of other entries (failed, then never tried
+            again), and without such a lock all, go when they are old.
     """
     prefix = f"{request.family}.{request.entry}."
     parent = write_root() / "tmp"
     for leftover in parent.iterdir():
-        if leftover.name.startswith(prefix) or _age(leftover) > _LEFTOVER_SECONDS:
+        is_dead = is_only_builder and leftover.name.startswith(prefix)
+        if is_dead or _age(leftover) > _LEFTOVER_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
 

@@ -37,7 +37,10 @@ def stamp(path: str | os.PathLike[str]) -> str:
 
 
 def find_cxx() -> tuple[str, ...] | None:
-    """Return the C++ compiler as command words, each program resolved; None without one."""
+    """Return the C++ compiler as command words, each program resolved; None without one.
+
+    Words are a launcher if there is one, the compiler, and flags that go with it wherever it runs.
+    """
     for words in [asked] if (asked := env.CXX.get()) else [("g++",), ("c++",)]:
         program = shutil.which(words[0])
         if program is not None:
@@ -71,14 +74,14 @@ def find_ninja() -> str | None:
 def drivers(target: str) -> tuple[str, ...] | None:
     """Return the stamps of the compilers of ``target`` ("cpu" or "cuda"); None if one is missing.
 
-    Runs nothing.
+    Flags among the words of the C++ compiler are part of what it is. Runs nothing.
     """
     cxx = find_cxx()
     nvcc = find_nvcc() if target == "cuda" else None
     if cxx is None or (target == "cuda" and nvcc is None):
         return None
-    programs = [word for word in cxx if os.path.isabs(word)] + [nvcc] * (nvcc is not None)
-    return tuple(stamp(program) for program in programs if program)
+    words = cxx if nvcc is None else (*cxx, nvcc)
+    return tuple(stamp(word) if os.path.isabs(word) else word for word in words)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Toolchain:
     """The programs of one build, and who they are.
 
     Attributes:
-        cxx: C++ compiler command words.
+        cxx: C++ compiler command words; see find_cxx().
         ninja: path of ninja.
         nvcc: path of nvcc; None for the CPU target.
         cuda_include, cuda_lib: directories of the CUDA runtime, for g++ and the linker.
@@ -101,6 +104,11 @@ class Toolchain:
     cuda_lib: tuple[str, ...]
     versions: tuple[str, ...]
     files: tuple[str, ...]
+
+    def host_compiler(self) -> tuple[str, tuple[str, ...]]:
+        """Return the C++ compiler without a launcher, and its flags: nvcc takes them apart."""
+        flags = next((i for i, word in enumerate(self.cxx) if word.startswith("-")), len(self.cxx))
+        return self.cxx[flags - 1], self.cxx[flags:]
 
 
 def describe(target: str) -> Toolchain:

@@ -107,11 +107,6 @@ def prefill_spec(
     )
 
 
-# Rows of q per head up to which the few-row kernel has more than one thread block an SM:
-# plan/work_line.h.
-_SMALL_ITEM_ROWS = 8
-
-
 class CudaLineKernels:
     """Loaded attention modules; see `run`.
 
@@ -126,12 +121,15 @@ class CudaLineKernels:
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
         # Packed query rows of a request up to which the first kernel, for few rows, computes it.
-        has_few_rows = len(modules) > 1
-        self._few_rows_limit = modules[0].get_function("few_rows_limit")() if has_few_rows else 0
-        found = [load(spec) for spec in mixed]
-        found = [module for module in found if module.get_function("is_available")()]
-        self._mixed_runs: list[Callable[..., None]] = [m.get_function("run") for m in found]
-        modules += found
+        self._few_rows_limit = 0
+        # And up to which that kernel has more than one thread block an SM.
+        self._small_item_rows = 0
+        if len(modules) > 1:
+            self._few_rows_limit = modules[0].get_function("few_rows_limit")()
+            self._small_item_rows = modules[0].get_function("small_item_rows")()
+        self._mixed = [load(spec) for spec in mixed]
+        self._mixed_runs: dict[int, list[Callable[..., None]]] = {}  # by device
+        modules += self._mixed
         self._partial_floats: list[Callable[[int], int]] = [
             m.get_function("partial_floats") for m in modules
         ]
@@ -196,7 +194,8 @@ class CudaLineKernels:
         plan, which nobody can check here.
 
         Args:
-            plan_buffer: written by device_plan, or by host_plan for "cuda"; its counters are used.
+            plan_buffer: written by device_plan, or by host_plan for "cuda". Its counters are used:
+                a plan must not run on two streams at once.
             partials: float32 [partial_floats(...)] scratch.
             q: as there.
             k_cache: as there.
@@ -215,8 +214,8 @@ class CudaLineKernels:
             sinks: as there.
             custom_mask: as there.
             mask_indptr: as there.
-            q_rows: as there.
-            first_pages: as there.
+            q_rows: as there; must be None for kernels of the few-row line.
+            first_pages: as there; above 0 for requests of the few-row line alone.
             first_rows: as there.
             prior_out: as there.
             prior_lse: as there.
@@ -242,9 +241,8 @@ class CudaLineKernels:
         runs: Sequence[Callable[..., None]] = self._runs
         if rope_theta == 0:  # else every request is of the second line
             most_rows = q.shape[0] if max_qo_len is None else min(q.shape[0], max_qo_len)
-            runs = self._needed_runs(
-                q.shape[0], kv_lens.shape[0], most_rows, q.shape[1] // k_cache.shape[2]
-            )
+            group_size = q.shape[1] // k_cache.shape[2]
+            runs = self._needed_runs(q, kv_lens.shape[0], most_rows, group_size)
         for run in runs:
             run(
                 q,
@@ -286,14 +284,23 @@ class CudaLineKernels:
             )
 
     def _needed_runs(
-        self, num_rows: int, num_reqs: int, most_rows: int, group_size: int
+        self, q: torch.Tensor, num_reqs: int, most_rows: int, group_size: int
     ) -> Sequence[Callable[..., None]]:
         """Choose by what the host knows of a step: an empty launch costs microseconds too."""
         if most_rows * group_size <= self._few_rows_limit:
             return self._runs[:1]
-        if self._mixed_runs and num_rows > num_reqs * (_SMALL_ITEM_ROWS // group_size):
-            return self._mixed_runs
+        # As plan/work_line.h, has_few_rows().
+        if self._mixed and q.shape[0] > num_reqs * (self._small_item_rows // group_size):
+            device = q.get_device()
+            if device not in self._mixed_runs:
+                self._mixed_runs[device] = self._mixed_runs_on(device)
+            return self._mixed_runs[device]
         return self._runs
+
+    def _mixed_runs_on(self, device: int) -> list[Callable[..., None]]:
+        """Return what runs both lines on a device."""
+        found = [m for m in self._mixed if m.get_function("is_available")(device)]
+        return [module.get_function("run") for module in found] or self._runs
 
 
 def load_lines(specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> CudaLineKernels:

@@ -6,6 +6,7 @@ import torch
 
 from fi_backend.jit import KernelSpec
 from fi_backend.kernels.functions import Functions
+from fi_backend.kernels.mixed import planned_kernels
 
 __all__ = ["device_plan", "plan_buffer_ints", "plan_spec"]
 
@@ -56,7 +57,7 @@ def device_plan(
     with others. A length that is negative or decreases `qo_indptr` is empty.
 
     Args:
-        plan_buffer: int32 [plan_buffer_ints(...)] on a CUDA device, aligned to 8 bytes; written.
+        plan_buffer: int32 [plan_buffer_ints(...)] on a CUDA device, aligned to 16 bytes; written.
         qo_indptr: int32 [num_reqs + 1], first query row of each request.
         kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
         num_qo_heads: a multiple of num_kv_heads.
@@ -67,7 +68,8 @@ def device_plan(
         kv_dtype: type of the cache. Tiles of query rows depend on whether it is q's type.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
-        num_workers: thread blocks that will run the plan.
+        num_workers: thread blocks of the few-row kernel that will run the plan, three for each
+            multiprocessor: the many-row line is divided among a third of them.
         split: 0 cuts work anywhere; -1 never cuts a request's keys; n > 0 cuts them at multiples
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.
@@ -92,5 +94,6 @@ def device_plan(
         split,
         many_rows_only,
         q_dtype == kv_dtype,
+        *planned_kernels(),
         enable_pdl,
     )

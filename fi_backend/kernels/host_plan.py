@@ -67,7 +67,7 @@ def host_plan(
     """Write the plan of a step into `plan_buffer`.
 
     Args:
-        plan_buffer: int32 [plan_buffer_ints(...)], written.
+        plan_buffer: int32 [plan_buffer_ints(...)], aligned to 16 bytes; written.
         qo_indptr: int32 [num_reqs + 1], first query row of each request.
         kv_lens: int32 [num_reqs], cached tokens of each request, its new ones included.
         first_pages: int32 [num_reqs], where in its page table the kv_lens of a request begin; None
@@ -80,13 +80,15 @@ def host_plan(
         kv_dtype: type of the cache. On sm_90, tiles of query rows depend on whether it is q's type.
         causal: a query sees no key after its own position.
         window_left: keys a query sees to the left of its own; -1 for all.
-        num_workers: pieces to divide into, each for a thread or a thread block.
+        num_workers: pieces to divide into, each for a thread; or, for a GPU, three for each
+            multiprocessor: the many-row line is divided among a third of them.
         split: 0 cuts work anywhere; -1 never cuts a request's keys; n > 0 cuts them at multiples
             of n tokens. -1 and n make a request's bits independent of its batch mates and of
             num_workers.
         many_rows_only: give every request to the many-row kernel.
-        kept_states: states of query rows that there is room for, where parts of many-row items keep
-            states of their own, for a GPU alone; 0 where the kernel merges them.
+        kept_states: for the batch that groups of a step make (kernels/shared_prefix.py), states of
+            query rows that there is room for, where parts of items keep states of their own; -1
+            where the kernel merges them, as on the CPU. 0 for any other batch.
         target: whose kernels will run the plan. For "sm_90" it is, bit for bit, what
             :func:`fi_backend.kernels.device_plan.device_plan` writes on such a device, and for
             "cuda" what it writes on others: a length that is negative or decreases `qo_indptr` is

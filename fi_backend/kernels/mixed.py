@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -12,7 +13,7 @@ from fi_backend.jit import KernelSpec, arch
 from fi_backend.kernels import attention_variant
 from fi_backend.kernels.attention_cuda import line_spec
 
-__all__ = ["is_served", "mixed_spec"]
+__all__ = ["is_served", "mixed_spec", "planned_kernels"]
 
 _HEAD_DIMS = (64, 96, 128, 192)
 
@@ -28,7 +29,7 @@ def is_served(
 ) -> bool:
     """Return whether modules are compiled for sm_90a, and these types and sizes have such a kernel.
 
-    FI_BACKEND_SEPARATE_LAUNCHES turns it off: a plan serves two launches as well, if more slowly.
+    FI_BACKEND_SEPARATE_LAUNCHES turns it off.
 
     Args:
         q_dtype: as for mixed_spec().
@@ -40,12 +41,28 @@ def is_served(
     """
     if q_dtype != kv_dtype or head_dim_qk != head_dim_vo or head_dim_qk not in _HEAD_DIMS:
         return False
-    if env.SEPARATE_LAUNCHES.get():
-        return False
+    return not env.SEPARATE_LAUNCHES.get() and _is_compiled_for_sm90()
+
+
+def _is_compiled_for_sm90() -> bool:
     try:
         return any(target.digits == "90a" for target in arch.resolve())
     except ToolchainError:  # nothing can be compiled; whoever tries is told so
         return False
+
+
+@cache
+def planned_kernels() -> tuple[bool, bool]:
+    """Return what a planner must know of the kernels that run its plans.
+
+    The environment says so, which is read once: a plan is made in microseconds.
+
+    Returns:
+        Whether modules are compiled for sm_90a, and whether the kernel for both lines is used there
+        for types and sizes that have one.
+    """
+    on_sm90 = _is_compiled_for_sm90()
+    return on_sm90, on_sm90 and not env.SEPARATE_LAUNCHES.get()
 
 
 def mixed_spec(
@@ -71,7 +88,7 @@ def mixed_spec(
             reads it.
     """
     spec = line_spec(
-        "mixed",
+        "mixed_trace" if trace else "mixed",
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         o_dtype=o_dtype,
@@ -79,10 +96,4 @@ def mixed_spec(
         head_dim_vo=head_dim_vo,
         variant=variant,
     )
-    tracer = ("trace", "BlockTracer" if trace else "NoTrace")
-    return replace(
-        spec,
-        name=spec.name + ("_trace" if trace else ""),
-        parameters=tuple(sorted((*spec.parameters, tracer))),
-        supported_majors=(9,),
-    )
+    return replace(spec, supported_majors=(9,))

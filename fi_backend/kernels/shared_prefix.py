@@ -11,6 +11,7 @@ import torch
 from fi_backend.kernels.device_plan import plan_spec as device_plan_spec
 from fi_backend.kernels.functions import Functions
 from fi_backend.kernels.host_plan import plan_spec as host_plan_spec
+from fi_backend.kernels.mixed import planned_kernels
 
 __all__ = ["Groups", "find_shared_prefixes", "max_shared_groups", "shared_plan"]
 
@@ -35,13 +36,14 @@ class Groups:
     Attributes:
         own_lens: [num_reqs], keys that each request attends to by itself.
         first_pages: [num_reqs], pages of its table before those; 0 for requests of no group.
-        first_rows: [num_reqs], its first row among those of all groups.
-        group_indptr: [max_shared_groups + 1], first row of each group; groups that do not exist
-            have no rows.
+        first_rows: [num_reqs], its first row among those of a level.
+        group_indptr: [max_shared_groups + 1], first row of each group, of two levels one after the
+            other (csrc/include/fi_backend/plan/group_rows.h); groups that do not exist have no
+            rows.
         group_lens: [max_shared_groups], keys that all of a group share.
-        group_tables: [max_shared_groups + 1], where its pages are listed: a row of the block table,
-            or a place in page_indices.
-        q_rows: [max_rows], row of q of each row.
+        group_tables: [max_shared_groups + 1], where its pages are listed: a place in page_indices,
+            or in the block table as if its rows were one.
+        q_rows: [2 * max_rows], row of q of each row.
         scratch: for searches alone.
     """
 
@@ -58,7 +60,7 @@ class Groups:
     def _sizes(num_requests: int, max_rows: int, device_type: str) -> list[int]:
         groups = max_shared_groups(num_requests, device_type)
         scratch = _scratch_ints(device_type)(num_requests)
-        return [num_requests] * 3 + [groups + 1, groups, groups + 1, max_rows, scratch]
+        return [num_requests] * 3 + [groups + 1, groups, groups + 1, 2 * max_rows, scratch]
 
     @classmethod
     def num_ints(cls, num_requests: int, max_rows: int, device_type: str) -> int:
@@ -71,7 +73,8 @@ class Groups:
 
         Args:
             num_requests: most requests of a step.
-            max_rows: room for query rows of groups; those that do not fit are not formed.
+            max_rows: room for query rows of groups of a level; those that do not fit are not
+                formed.
             device: where steps are planned.
         """
         sizes = cls._sizes(num_requests, max_rows, device.type)
@@ -96,13 +99,13 @@ class Groups:
 
     def of(self, num_requests: int) -> Groups:
         """Return the parts of the tensors that a step of fewer requests uses."""
-        max_rows, device_type = self.q_rows.shape[0], self.own_lens.device.type
+        max_rows, device_type = self.q_rows.shape[0] // 2, self.own_lens.device.type
         sizes = self._sizes(num_requests, max_rows, device_type)
         return Groups(*(x[:size] for x, size in zip(self.tensors(), sizes, strict=True)))
 
 
 def max_shared_groups(num_requests: int, device_type: str) -> int:
-    """Count the groups that so many requests make at most."""
+    """Count the places for groups of so many requests."""
     return int(_max_shared_groups(device_type)(num_requests))
 
 
@@ -127,6 +130,7 @@ def find_shared_prefixes(
 ) -> None:
     """Group the few-row requests of a step that begin with the same pages, on the host.
 
+    What several groups have in common is another group's, and theirs is what comes behind it.
     Pages are shared that are full and hold keys of no query row of the step; requests of which a
     window hides a key share none.
 
@@ -146,7 +150,8 @@ def find_shared_prefixes(
         window_left: keys a query sees to the left of its own; -1 for all.
         min_tokens: what a group has in common at least.
         worth_keys: keys, over all heads of the cache, that the groups of a step must save it from
-            reading, and twice as many for 352 query rows; else there are none.
+            reading, and twice as many for 352 query rows; else there are none. What groups have
+            in common is shared if that saves as many for 352 rows.
         for_cuda: write what a GPU would.
 
     Raises:
@@ -256,5 +261,6 @@ def shared_plan(
         min_tokens,
         worth_keys,
         q_dtype == kv_dtype,
+        *planned_kernels(),
         enable_pdl,
     )

@@ -16,6 +16,7 @@ from cuda_modules import (
     layernorm_spec,
     merge_spec,
     mixed_spec,
+    mixed_trace_spec,
     pack_masks_spec,
     page_table_spec,
     plan_spec,
@@ -158,8 +159,9 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", arch)
     tag = "_for_" + arch.replace(".", "")
     specs = {name: builder(dtypes, tag) for name, (builder, dtypes) in BUILDERS.items()}
+    specs["mixed_trace"] = mixed_trace_spec((BF16, BF16), tag)
     if arch == "8.0":
-        del specs["mixed"]  # for sm_90 alone
+        del specs["mixed"], specs["mixed_trace"]  # for sm_90 alone
     jit.build(specs.values())
 
     x = torch.zeros(2, 4, 8, dtype=BF16)
@@ -202,7 +204,13 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     plan = jit.load(specs["plan"])
     lens = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
-        plan.device_plan(*(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 3))
+        plan.device_plan(*(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 5))
+    prefill = jit.load(specs["prefill"])
+    num_sms, tile_rows, ends = 132, 256, 2
+    assert prefill.partial_floats(3 * num_sms) == num_sms * ends * tile_rows * (128 + 2)
+    for name in {"mixed", "mixed_trace"} & set(specs):
+        has_trace = hasattr(jit.load(specs[name]), "take_block_traces")
+        assert has_trace == (name == "mixed_trace")
     decode = jit.load(specs["decode"])
     with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
         decode.run(

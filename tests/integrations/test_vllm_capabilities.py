@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ ANSWERS = {
     "supports_device_cpu_query_lens_mismatch": True,
     "supports_alibi_sqrt": False,
     "supports_batch_invariance": True,
-    "supports_dcp": False,
+    "supports_dcp": True,
     "supports_mm_prefix": False,
     "supports_non_causal_dcp": False,
     "supports_pcp": False,
@@ -75,7 +74,6 @@ def test_questions_about_values(
         ({"use_sparse": True}, "sparse"),
         ({"use_mm_prefix": True}, "multimodal"),
         ({"use_per_head_quant_scales": True}, "per-head quant scales"),
-        ({"use_dcp": True}, "DCP"),
         ({"use_pcp": True}, "PCP"),
         ({"use_rswa": True}, "R-SWA"),
         ({"attn_type": "encoder"}, "attention type encoder"),
@@ -94,26 +92,6 @@ def test_refusals_name_what_is_refused(asked: dict[str, Any], reason: str, vllm:
     )
     assert len(reasons) == 1
     assert reason.lower() in reasons[0].lower()
-
-
-def test_decode_context_parallelism_is_refused_by_the_engine(vllm: Load) -> None:
-    """vLLM asks each layer for its LSE before it serves."""
-    from tests.integrations.vllm_step import make_impl
-
-    utils = vllm("v1.worker.cp_utils")
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            prefill_context_parallel_size=1,
-            decode_context_parallel_size=2,
-            cp_kv_cache_interleave_size=1,
-        ),
-        speculative_config=None,
-    )
-    layers = {"layer": SimpleNamespace(impl=make_impl())}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "get_layers_from_vllm_config", lambda *_: layers)
-        with pytest.raises(AssertionError, match="FIAttentionImpl"):
-            utils.check_attention_cp_compatibility(config)
 
 
 def test_names_are_members_of_the_engines_table(vllm: Load) -> None:

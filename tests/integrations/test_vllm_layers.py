@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from reference import Mask, attention
 
-from fi_backend import PagedBatch
 from fi_backend.errors import UnsupportedError
 from tests.integrations.vllm_step import (
     DIM,
@@ -131,6 +132,7 @@ def test_encoder_only_attends_to_the_step_itself(vllm: Load) -> None:
     lengths = step.common.query_start_loc.diff()
     common = step.common.replace(causal=False, seq_lens=lengths)
     metadata = make_builder(vllm, {"layer": impl}, spec).build(0, common)
+    assert metadata.batch.kv_lens is common.seq_lens  # CUDA graphs keep addresses
     output = torch.empty(step.q.shape[0], HEADS, DIM)
     impl.forward(LAYER, step.q, step.k, step.v, torch.tensor([]), metadata, output=output)
     for request, (tokens, _) in enumerate(REQUESTS):
@@ -235,22 +237,48 @@ def test_more_requests_than_reserved_are_served(vllm: Load) -> None:
     check(step, run(step, impl, metadata), Mask(causal=True))
 
 
-def test_builders_share_scratch_memory_unless_they_run_at_a_time() -> None:
-    from fi_backend import AttentionSpec
-    from fi_backend.integrations.vllm.reservation import Reservation
+def test_builders_share_scratch_memory_unless_they_run_at_a_time(vllm: Load) -> None:
+    """Two engines of a process may: their configurations, and tables of layers, are apart."""
+    step = make_step(vllm)
 
-    spec = AttentionSpec(num_qo_heads=2, num_kv_heads=1, head_dim_qk=DIM, q_dtype=DTYPE)
-    device = torch.device("cpu")
-    lens = torch.zeros(1, dtype=torch.int32)
-    batch = PagedBatch(torch.zeros(2, dtype=torch.int32), lens, block_table=lens.unsqueeze(0))
+    def scratch(builder: Any) -> int:
+        (plan,) = builder.build(0, step.common).plans.values()
+        return plan.partials.data_ptr()
 
-    def partials(reservation: Reservation) -> int:
-        return reservation.plan(0, spec, batch).partials.data_ptr()
+    first, other = (make_builder(vllm, {"layer": make_impl()}) for _ in range(2))
+    config = copy.copy(first.vllm_config)  # as a drafter has one, of the same engine
+    drafter = type(first)(first.kv_cache_spec, first.layer_names, config, first.device)
+    config = copy.copy(config)
+    config.parallel_config = SimpleNamespace(
+        **{**vars(config.parallel_config), "use_ubatching": True}
+    )
+    micro = type(first)(first.kv_cache_spec, first.layer_names, config, first.device)
+    assert scratch(first) == scratch(drafter)
+    assert len({scratch(builder) for builder in (first, other, micro)}) == 3
 
-    shared = [Reservation({0: spec}, device, max_reqs=1, is_alone=True) for _ in range(2)]
-    apart = Reservation({0: spec}, device, max_reqs=1, is_alone=False)
-    assert len({partials(one) for one in shared}) == 1
-    assert partials(apart) != partials(shared[0])
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_that_are_loaded_again_reach_a_captured_graph(dtype: torch.dtype, vllm: Load) -> None:
+    """It keeps the address of what run() was given."""
+    weight = torch.nn.Parameter((torch.arange(HEADS) / 2).to(dtype), requires_grad=False)
+    impl = make_impl(sinks=weight)
+    impl.process_weights_after_loading(DTYPE)
+    address = impl.sinks.data_ptr()
+
+    def attend_and_check() -> None:
+        step = make_step(vllm)
+        metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+        impl.do_kv_cache_update(LAYER, step.k, step.v, step.cache, step.common.slot_mapping)
+        output = torch.empty(step.q.shape[0], HEADS, DIM)
+        impl.forward(LAYER, step.q, step.k, step.v, step.cache, metadata, output=output)
+        check(step, output, Mask(causal=True, sinks=weight.float()))
+        assert impl.sinks.data_ptr() == address
+
+    attend_and_check()
+    weight.data.copy_(torch.full((HEADS,), 3.0, dtype=dtype))  # as vLLM's loaders write
+    attend_and_check()
+    impl.process_weights_after_loading(DTYPE)  # as vLLM's reload ends
+    attend_and_check()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,32 @@ def test_failure_leaves_the_engine_as_it_was(
     ]
 
 
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("0.24.9", "vLLM 0.24.9 is outside the tested range 0.25 to 0.33"),
+        ("0.32.0", "the platform changed"),
+    ],
+)
+def test_strict_mode_ends_the_start(
+    version: str, words: str, vllm: Load, table: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an engine would be served by the stock backend under the name that was asked for."""
+    import vllm as package
+
+    from fi_backend.integrations.vllm import cpu_platform
+
+    def broken(platform: type) -> None:
+        raise RuntimeError("the platform changed")
+
+    monkeypatch.setenv("FI_BACKEND_STRICT", "1")
+    monkeypatch.setattr(package, "__version__", version)
+    monkeypatch.setattr(cpu_platform, "install", broken)
+    with pytest.raises(RuntimeError, match=rf"fi_backend: not registered \(RuntimeError: {words}"):
+        register()
+    assert not table.FLASHINFER.is_overridden()
+
+
 def test_bad_variable_is_one_line(
     table: Any, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,10 +151,16 @@ def test_bad_variable_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("is_installed", "said", "result"),
-    [(False, None, "0"), (False, "1", "1"), (True, None, None)],
+    ("is_cuda", "is_installed", "said", "result"),
+    [
+        (True, False, None, "0"),
+        (True, False, "1", "1"),
+        (True, True, None, None),
+        (False, False, None, None),
+    ],
 )
 def test_the_sampler_is_told_where_flashinfer_is_missing(
+    is_cuda: bool,
     is_installed: bool,
     said: str | None,
     result: str | None,
@@ -136,7 +168,7 @@ def test_the_sampler_is_told_where_flashinfer_is_missing(
     table: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU vLLM's sampler would import it, and end the engine's start."""
+    """On CUDA, and nowhere else, vLLM's sampler would import it, and end the engine's start."""
     from fi_backend.integrations.vllm import registration
 
     variable = "VLLM_USE_FLASHINFER_SAMPLER"
@@ -144,7 +176,9 @@ def test_the_sampler_is_told_where_flashinfer_is_missing(
     monkeypatch.delenv(variable)
     if said is not None:
         monkeypatch.setenv(variable, said)
-    monkeypatch.setattr(vllm("platforms").current_platform, "is_cpu", lambda: False)
+    platform = vllm("platforms").current_platform
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda: is_cuda)
     monkeypatch.setattr(
         registration,
         "importlib",

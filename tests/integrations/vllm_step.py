@@ -113,6 +113,7 @@ def make_builder(
     device: str = "cpu",
     max_num_seqs: int = 8,
     cudagraph_mode: str = "FULL_DECODE_ONLY",
+    interleave: int = 1,
     other_groups: dict[str, Any] | None = None,
 ) -> Any:
     from fi_backend.integrations.vllm.builder import FIMetadataBuilder
@@ -129,7 +130,9 @@ def make_builder(
         ),
         model_config=SimpleNamespace(dtype=dtype),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
-        parallel_config=SimpleNamespace(use_ubatching=False),
+        parallel_config=SimpleNamespace(
+            use_ubatching=False, cp_kv_cache_interleave_size=interleave
+        ),
     )
     return FIMetadataBuilder(spec, [*impls, "placeholder"], config, torch.device(device))
 

@@ -38,7 +38,7 @@ def test_list_is_sorted_and_distinct() -> None:
     assert list(map(str, arch.parse_list("10.0;9.0, 9.0a  8.6"))) == ["8.6", "9.0a", "10.0a"]
 
 
-@pytest.mark.parametrize("text", ["hopper", "9", "9.0b", "6.1", "9.0a+SASS", "90"])
+@pytest.mark.parametrize("text", ["hopper", "9", "9.0b", "7.5", "9.0a+SASS", "90"])
 def test_bad_list_names_the_variable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.CUDA_ARCH_LIST.name, text)
     with pytest.raises(EnvironmentVariableError, match=f"{env.CUDA_ARCH_LIST.name}=.*for example"):
@@ -48,6 +48,40 @@ def test_bad_list_names_the_variable(text: str, monkeypatch: pytest.MonkeyPatch)
 def test_detection_gets_the_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arch, "detect", lambda: ((8, 9), (9, 0)))
     assert list(map(str, arch.resolve())) == ["8.9", "9.0a"]
+
+
+def test_nothing_is_compiled_for_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arch, "detect", lambda: ((7, 5), (9, 0)))
+    assert list(map(str, arch.resolve())) == ["9.0a"]
+    monkeypatch.setattr(arch, "detect", lambda: ((7, 5),))
+    with pytest.raises(ToolchainError, match=r"8\.0 or later, and the GPUs here are of 7\.5"):
+        arch.resolve()
+
+
+@pytest.mark.parametrize(
+    ("devices", "order", "places"),
+    [
+        (None, "", [0, 1, 2]),
+        ("", "", []),
+        ("-1", "", []),
+        ("GPU-b", "", [1]),
+        ("GPU-c,GPU-a", "", [2, 0]),
+        ("GPU-a,GPU-x,GPU-b", "", [0]),
+        ("2", "PCI_BUS_ID", [2]),
+        ("1, 0", "PCI_BUS_ID", [1, 0]),
+        ("7", "PCI_BUS_ID", []),
+        ("2", "FASTEST_FIRST", [0, 1, 2]),  # which one that is, CUDA alone knows
+        ("MIG-d", "", [0, 1, 2]),
+    ],
+)
+def test_visible_gpus(
+    devices: str | None, order: str, places: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    assert arch._visible(["GPU-a1", "GPU-b2", "GPU-c3"]) == places
 
 
 def test_no_gpu_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -156,6 +158,21 @@ def test_lock_held_too_long(
     assert env.LOCK_TIMEOUT.name in str(caught.value)
     lock.release()
     assert build([spec()]).built == ("value_2",)
+
+
+def test_builders_leave_each_other_alone_where_nothing_can_be_locked(
+    spec: Make, compiler: CountingCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    live, dead = (store.new_build_dir(resolve(spec()), is_only_builder=False) for _ in range(2))
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(dead, (two_days_ago, two_days_ago))
+    assert build([spec()]).built == ("value_2",)
+    assert live.exists()
+    assert not dead.exists()
 
 
 def test_what_is_free_is_built_while_another_builder_holds_the_rest(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fi_backend.jit.flags import Flags
@@ -62,6 +63,12 @@ def test_modules_share_one_graph_and_default() -> None:
     text = graph([module(CPU, "a.cc", directory="/1"), module(CPU, "a.cc", directory="/2")])
     assert text.count("rule cxx") == 1
     assert "default /1/module.so /2/module.so" in text
+
+
+def test_flags_of_the_compiler_reach_nvcc() -> None:
+    words = ("/usr/bin/ccache", "/usr/bin/g++", "-O0", "-DX=1")
+    device = compile_command(module(replace(CUDA, cxx=words), "norm.cu"), "norm.cu")
+    assert device[1:5] == ["-ccbin", "/usr/bin/g++", "-Xcompiler=-O0", "-Xcompiler=-DX=1"]
 
 
 def test_device_code_never_sees_tvm_ffi() -> None:

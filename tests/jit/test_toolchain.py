@@ -46,6 +46,13 @@ def test_cxx_order(empty_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert toolchain.find_cxx() == (str(plain),)
 
 
+def test_flags_of_the_compiler_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = toolchain.drivers("cpu")
+    assert plain is not None
+    monkeypatch.setenv("CXX", "g++ -O0 -DX=1")
+    assert toolchain.drivers("cpu") == (*plain, "-O0", "-DX=1")
+
+
 def test_nvcc_order(empty_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toolchain.find_nvcc() is None
     wheel = program(tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc")

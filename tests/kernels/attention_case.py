@@ -274,3 +274,32 @@ def check(case: Case) -> None:
     """Draw inputs, run, judge."""
     inputs = make_inputs(case)
     judge(case, inputs, *run(case, inputs))
+
+
+def check_nan_stays_visible(case: Case, broken_from: int) -> None:
+    """Draw inputs of break_some(), run, judge."""
+    inputs = make_inputs(case)
+    break_some(inputs, broken_from)
+    judge_broken(case, *run(case, inputs), broken_from)
+
+
+def break_some(inputs: Inputs, broken_from: int) -> None:
+    """Make the first row of q NaN, and keys of the last request from `broken_from` on."""
+    inputs.q[0] = math.nan
+    inputs.keys[-1][broken_from:] = math.nan
+
+
+def judge_broken(case: Case, out: torch.Tensor, lse: torch.Tensor, broken_from: int) -> None:
+    """Check that rows which see a NaN of break_some() are NaN, and no others.
+
+    A part of an item that is all NaN must not look like one that saw no key.
+    """
+    qo_lens, kv_lens = zip(*case.requests, strict=True)
+    num_rows = sum(qo_lens)
+    broken = torch.zeros(num_rows, dtype=torch.bool)
+    broken[0] = True
+    positions = torch.arange(qo_lens[-1]) + kv_lens[-1] - qo_lens[-1]  # masks are causal
+    broken[-qo_lens[-1] :] = positions >= broken_from
+    for result in (out[:num_rows].flatten(1), lse[:num_rows]):
+        assert torch.equal(result.isnan().all(1), broken)
+        assert torch.equal(result.isnan().any(1), broken)

@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.attention_case import FP8, MASKS, Case, check, make_inputs, run
+from fi_backend.kernels import decode
+from tests.kernels.attention_case import (
+    FP8,
+    MASKS,
+    Case,
+    check,
+    check_nan_stays_visible,
+    make_arguments,
+    make_inputs,
+    run,
+)
 from tests.reference import Mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,3 +131,19 @@ def test_same_input_gives_same_bits() -> None:
     first, _ = run(case, inputs)
     for _ in range(5):
         assert torch.equal(first, run(case, inputs)[0])
+
+
+@pytest.mark.parametrize("num_workers", [1, 7])
+def test_nan_stays_visible(num_workers: int) -> None:
+    case = replace(STEP, requests=((1, 700), (2, 300), (4, 20)), num_workers=num_workers)
+    check_nan_stays_visible(case, broken_from=18)
+
+
+def test_nobody_is_told_to_copy_a_cache() -> None:
+    """What is appended to it later would not reach the copy."""
+    arguments = make_arguments(STEP, make_inputs(STEP))
+    cache = arguments["k_cache"]
+    arguments["k_cache"] = cache.new_zeros(*cache.shape[:-1], 2 * cache.shape[-1])[..., ::2]
+    message = r"k_cache: the last dimension must be contiguous, .*; allocate the cache so"
+    with pytest.raises(ValueError, match=message):
+        decode.load(**STEP.types).run(**arguments, partials=torch.empty(0))

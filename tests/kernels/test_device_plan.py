@@ -35,7 +35,8 @@ def plan(cuda_module: Any) -> Plan:
         out = step.buffer().cuda() if buffer is None else buffer
         g = step.geometry()
         same_types = g.pop("q_dtype") == g.pop("kv_dtype")
-        module.device_plan(out, *tensors.values(), *g.values(), same_types, enable_pdl)
+        kernels = True, True  # for sm_90a, and for both lines
+        module.device_plan(out, *tensors.values(), *g.values(), same_types, *kernels, enable_pdl)
         return out
 
     return launch

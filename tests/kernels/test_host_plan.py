@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_floats
 from tests.kernels.plan_step import HAS_WORK, HEADER, Step, steps, without_rows
 
-# Of kernels for heads up to 128 wide: attention/workspace.h and attention/few_rows_shape.h.
+# Of kernels for heads up to 128 wide: attention/cpu/scratch.h, attention/row_tiles.h and
+# attention/few_rows_shape.h.
 FEW_ROWS_LIMIT = {"cpu": 16, "cuda": 32, "sm_90": 32}
 TILE_ROWS = {"cpu": 256, "cuda": 256, "sm_90": 128}
 ITEM_OVERHEAD = {"cpu": 4, "cuda": 16, "sm_90": 16}
@@ -347,6 +348,16 @@ def test_sizes_follow_from_capacities() -> None:
     assert many <= 64 * one
 
 
+@given(steps(targets=("cuda", "sm_90")))
+def test_many_rows_have_a_worker_for_each_multiprocessor(step: Step) -> None:
+    """Workspace is made for no more of them (attention/many_rows_shape.h)."""
+    buffer = step.plan()
+    if buffer[HAS_WORK + 1] == CUT:
+        end = (len(step.qo_lens), 0, 0, 0)
+        num_sms = (step.num_workers + 2) // 3
+        assert set(starts(step, buffer, 1)[num_sms:]) == {end}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -359,7 +370,7 @@ def test_sizes_follow_from_capacities() -> None:
         ({"num_qo_heads": 7}, "multiple of num_kv_heads, got 7 and 2"),
         ({"window_left": -2}, "window_left and split must be"),
         ({"plan_buffer": torch.zeros(8, dtype=torch.int32)}, "size it with plan_buffer_ints"),
-        ({"plan_buffer": torch.zeros(201, dtype=torch.int32)[1:]}, "aligned to 8 bytes"),
+        ({"plan_buffer": torch.zeros(202, dtype=torch.int32)[2:]}, "aligned to 16 bytes"),
         ({"target": "rocm"}, 'target must be "cpu", "cuda" or "sm_90"; got \'rocm\''),
     ],
 )

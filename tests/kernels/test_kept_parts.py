@@ -26,8 +26,16 @@ def plan_parts(
     num_workers: int = 396,
     num_kv_heads: int = 8,
     target: Literal["cuda", "sm_90"] = "sm_90",
+    second_len: int | None = None,
 ) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-    """Plan groups of 32/8 heads; return has_work, num_parts and the line's starts and cuts."""
+    """Plan groups of 32/8 heads; return has_work, num_parts and the line's starts and cuts.
+
+    A second level, of twice as many places, has no groups but those given.
+    """
+    qo_lens, kv_lens = ([*lens, *[0] * (2 * len(lens))] for lens in (qo_lens, kv_lens))
+    if second_len is not None:
+        qo_lens[len(qo_lens) // 3] = sum(qo_lens)
+        kv_lens[len(kv_lens) // 3] = second_len
     size = plan_buffer_ints(max_reqs=len(qo_lens), num_workers=num_workers)
     plan = torch.full((size,), -7, dtype=torch.int32)
     host_plan(
@@ -100,3 +108,14 @@ def test_equal_items_have_as_many_parts_as_keep_the_processors_busy(
     rows: int, length: int, num_parts: int
 ) -> None:
     assert plan_parts([rows], [length], states=2048)[1] == num_parts
+
+
+@pytest.mark.parametrize("second_len", [0, 100, 8192])
+def test_a_row_has_as_many_states_of_each_level(second_len: int) -> None:
+    for states in (256, 512, 1024, 2048):
+        has_work, num_states, _, cuts = plan_parts(
+            [128], [8192], states=states, second_len=second_len
+        )
+        assert num_states == 2 * int(cuts[:, 2].max())
+        assert num_states * 128 <= states
+        assert has_work == (CUT_LINE if states > 256 else WHOLE_ITEMS)

@@ -85,3 +85,18 @@ def test_wrong_arguments_are_named() -> None:
         merge_states(v=v, lse=lse.double(), v_out=out)
     with pytest.raises(ValueError, match=r"v_out: shape must be \[4, 3, 8\]"):
         merge_states(v=v, lse=lse, v_out=out[:, :2])
+
+
+def test_nan_stays_visible() -> None:
+    """A broken state must not look like one that saw no key, whatever it is merged with."""
+    v = torch.ones(4, 2, 1, 8)
+    lse = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [math.nan, -math.inf], [math.nan, math.nan]])
+    for states, lses in ((v, lse), (v.flip(1), lse.flip(1))):
+        out, out_lse = torch.empty(4, 1, 8), torch.empty(4, 1)
+        merge_states(v=states, lse=lses[..., None], v_out=out, lse_out=out_lse)
+        assert out.isnan().all(-1).flatten().tolist() == [False, True, True, True]
+        assert out_lse.isnan().flatten().tolist() == [False, True, True, True]
+        pairs = {"v_a": states[:, 0], "lse_a": lses[:, :1], "v_b": states[:, 1]}
+        merge_pair(**pairs, lse_b=lses[:, 1:], v_out=out, lse_out=out_lse)
+        assert out.isnan().all(-1).flatten().tolist() == [False, True, True, True]
+        assert out_lse.isnan().flatten().tolist() == [False, True, True, True]

@@ -204,7 +204,7 @@ def test_steps_that_may_have_many_rows_take_it(load: Load, load_both: tuple[Load
     kernels = CudaLineKernels(lines, (mixed.mixed_spec(**types),))
     launched: list[str] = []
     kernels._runs = [lambda *_: launched.append("few"), lambda *_: launched.append("many")]
-    kernels._mixed_runs = [lambda *_: launched.append("mixed")]
+    kernels._mixed_runs = {0: [lambda *_: launched.append("mixed")]}
     case = replace(STEP, head_dim_qk=64, head_dim_vo=64, padding_rows=0)
     for requests, max_qo_len, expected in (
         (((1, 9),) * 5, None, ["few"]),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.attention_case import Case, check, make_inputs, run
+from tests.kernels.attention_case import Case, check, check_nan_stays_visible, make_inputs, run
 from tests.reference import Mask
 
 LENGTHS = ((40, 100), (0, 10), (300, 300), (9, 700), (33, 5), (17, 0))
@@ -107,3 +107,9 @@ def test_same_input_gives_same_bits() -> None:
     first, _ = run(case, inputs)
     for _ in range(5):
         assert torch.equal(first, run(case, inputs)[0])
+
+
+@pytest.mark.parametrize("num_workers", [1, 7])
+def test_nan_stays_visible(num_workers: int) -> None:
+    case = replace(STEP, requests=((70, 700), (40, 300), (90, 900)), num_workers=num_workers)
+    check_nan_stays_visible(case, broken_from=850)

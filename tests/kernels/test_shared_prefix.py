@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,20 +47,38 @@ class Group:
     pages: list[int]  # that it shares
 
 
-def groups_of(step: SharingStep, groups: Groups) -> Iterator[Group]:
+def groups_of(step: SharingStep, groups: Groups) -> tuple[list[Group], list[Group]]:
+    """Return the groups of each level."""
     table = step.page_table()
+    pages = table["page_indices"] if "page_indices" in table else table["block_table"].flatten()
     indptr, rows = groups.group_indptr.tolist(), groups.q_rows.tolist()
+    found = []
     for group, length in enumerate(groups.group_lens.tolist()):
-        if length == 0:
-            assert indptr[group] == indptr[group + 1]
-            continue
         assert length % step.page_size == 0
         place, count = int(groups.group_tables[group]), length // step.page_size
-        if "page_indices" in table:
-            pages = table["page_indices"][place : place + count]
-        else:
-            pages = table["block_table"][place, :count]
-        yield Group(rows[indptr[group] : indptr[group + 1]], pages.tolist())
+        shared = pages[place : place + count].tolist()
+        found.append(Group(rows[indptr[group] : indptr[group + 1]], shared))
+    first = len(found) // 3
+    for group in found[:first]:
+        assert bool(group.q_rows) == bool(group.pages)
+    return [[x for x in level if x.q_rows] for level in (found[:first], found[first:])]
+
+
+def pages_by_row(step: SharingStep, groups: Groups) -> dict[int, list[int]]:
+    """Return the pages that each row of q shares, of both levels; check that these fit."""
+    first, second = (
+        [(row, group.pages) for group in level for row in group.q_rows]
+        for level in groups_of(step, groups)
+    )
+    shared = dict(first)
+    assert len(shared) == len(first)
+    if second:
+        assert [row for row, _ in second] == [row for row, _ in first]
+        assert any(pages for _, pages in second)
+    for row, pages in second:
+        shared[row] = shared[row] + pages
+    assert len(first) + len(second) == groups.group_indptr[-1]
+    return shared
 
 
 @given(sharing_steps(), st.integers(1, 40), st.sampled_from([-1, 0, 30, 100]))
@@ -71,8 +88,7 @@ def test_groups_share_full_pages_that_nobody_writes(
 ) -> None:
     found = search(step, min_tokens=min_tokens, window_left=window_left)
     lengths, (lists, _) = step.lengths(), step.page_lists()
-    by_row = {row: group for group in groups_of(step, found) for row in group.q_rows}
-    assert len(by_row) == found.group_indptr[-1]
+    by_row = pages_by_row(step, found)
     for r, (qo_len, first_row) in enumerate(
         zip(step.qo_lens, lengths["qo_indptr"].tolist(), strict=False)
     ):
@@ -88,7 +104,7 @@ def test_groups_share_full_pages_that_nobody_writes(
         assert shared * step.page_size >= min_tokens
         assert window_left < 0 or kv_len - 1 <= window_left
         for i, row in enumerate(rows):
-            assert by_row[row].pages == lists[r][:shared]
+            assert by_row[row] == lists[r][:shared]
             assert found.q_rows[int(found.first_rows[r]) + i] == row
 
 
@@ -104,30 +120,66 @@ def flat(nodes: int, pages: int, requests: int, own: int = 40) -> SharingStep:
     )
 
 
+def at_nodes(step: SharingStep, nodes: tuple[int, ...]) -> SharingStep:
+    """Return a step with other requests, of a row each, at nodes of its tree."""
+    count = len(nodes)
+    return replace(step, nodes=nodes, own_lens=(40,) * count, qo_lens=(1,) * count)
+
+
 def test_every_prefix_has_a_group_in_any_order_of_requests() -> None:
     step = flat(3, 20, 21)
-    found = list(groups_of(step, search(step)))
+    found, _ = groups_of(step, search(step))
     assert [group.q_rows for group in found] == [list(range(i, 21, 3)) for i in range(3)]
-    assert [len(group.pages) for group in found] == [20 + 0 * i for i in range(3)]
+    assert [len(group.pages) for group in found] == [20] * 3
 
 
 def test_a_request_that_has_little_in_common_does_not_shorten_what_others_share() -> None:
     step = flat(1, 20, 12)
     step = replace(step, tree=(Branch(-1, 4), Branch(0, 16)), nodes=(1,) * 11 + (0,))
     found = search(step)
+    assert found.first_pages.tolist() == [20] * 11 + [4]
+    # With it in an outer group, all rows have two states, which must be worth it.
+    found = search(step, worth_keys=4000)
     assert found.first_pages.tolist() == [20] * 11 + [0]
 
 
-def test_branches_of_a_tree_have_groups_of_their_own() -> None:
+def test_branches_of_a_tree_have_groups_behind_that_of_the_root() -> None:
     step = flat(1, 30, 12)
     tree = (Branch(-1, 30), *[Branch(0, 120)] * 3)
     step = replace(step, tree=tree, nodes=(1, 2, 3) * 4)
     found = search(step, min_tokens=256)
     assert found.first_pages.tolist() == [150] * 12
-    assert found.group_lens.tolist() == [150 * 16] * 3 + [0] * 3
+    (root,), branches = groups_of(step, found)
+    assert len(root.pages) == 30
+    assert [len(group.pages) for group in branches] == [120] * 3
+    assert [group.q_rows for group in branches] == [list(range(i, 12, 3)) for i in range(3)]
+    # A group of the root that saves too little leaves the branches as they are.
+    found = search(at_nodes(step, (1, 2, 3) * 8), min_tokens=256, worth_keys=20000)
+    assert [len(group.pages) for group in groups_of(step, found)[0]] == [150] * 3
+    assert groups_of(step, found)[1] == []
     # Of a pair behind what many share, the others are not left alone.
     pair = replace(step, tree=(Branch(-1, 100), Branch(0, 200)), nodes=(0,) * 10 + (1,) * 2)
-    assert search(pair, min_tokens=256).first_pages.tolist() == [100] * 12
+    found = search(pair, min_tokens=256)
+    assert found.first_pages.tolist() == [100] * 10 + [300] * 2
+    (root,), behind = groups_of(step, found)
+    assert sorted(root.q_rows) == list(range(12))
+    assert [(group.q_rows, len(group.pages)) for group in behind] == [
+        ([10, 11], 200),
+        (list(range(10)), 0),
+    ]
+
+
+def test_trees_beside_each_other() -> None:
+    """Three roots with two branches each, requests at roots, and a prefix without branches."""
+    roots = [Branch(-1, 80 + i) for i in range(3)]
+    tree = (*roots, *(Branch(i % 3, 200) for i in range(6)), Branch(-1, 70))
+    step = at_nodes(replace(flat(1, 1, 1), tree=tree), tuple(i % 10 for i in range(48)))
+    found = search(step, min_tokens=256)
+    expected = [sum(tree[j].num_pages for j in (x, tree[x].parent) if j >= 0) for x in range(10)]
+    assert found.first_pages.tolist() == [expected[i % 10] for i in range(48)]
+    first, second = groups_of(step, found)
+    assert sorted(len(group.pages) for group in first) == [70, 80, 81, 82]
+    assert sorted(len(group.pages) for group in second if group.pages) == [200] * 6
 
 
 def most_worth(saved: int, num_rows: int) -> int:
@@ -152,9 +204,8 @@ def test_what_saves_too_little_is_not_shared() -> None:
 def test_groups_without_room_are_not_formed() -> None:
     step = flat(3, 20, 21)
     found = search(step, max_rows=14)
-    assert [group.q_rows for group in groups_of(step, found)] == [
-        list(range(i, 21, 3)) for i in range(2)
-    ]
+    first, _ = groups_of(step, found)
+    assert [group.q_rows for group in first] == [list(range(i, 21, 3)) for i in range(2)]
     assert found.first_pages.tolist() == [20, 20, 0] * 7
 
 

@@ -16,6 +16,7 @@ GatedActivationParams checked_activation_params(const TensorView& input, const T
                               << rows.size;
   }
   check_like("out", out, kDtypeOf<T>, input, rows.size / 2);
+  check_written("out", out);
 
   GatedActivationParams params = {};
   params.input = input.data_ptr();

@@ -53,10 +53,12 @@ inline AppendParams checked_append_params(const AppendArguments& a, DLDataType d
   const int64_t heads = a.key.size(1), dim_qk = a.key.size(2);
   check_tensor("value", a.value, dtype, {a.key.size(0), heads, kAnySize}, device);
   const int64_t dim_vo = a.value.size(2);
-  check_tensor("key_cache", a.key_cache, cache_dtype, {kAnySize, kAnySize, heads, dim_qk}, device);
+  check_cache("key_cache", a.key_cache, cache_dtype, {kAnySize, kAnySize, heads, dim_qk}, device);
   const int64_t num_pages = a.key_cache.size(0), page_size = a.key_cache.size(1);
-  check_tensor("value_cache", a.value_cache, cache_dtype, {num_pages, page_size, heads, dim_vo},
-               device);
+  check_cache("value_cache", a.value_cache, cache_dtype, {num_pages, page_size, heads, dim_vo},
+              device);
+  check_written("key_cache", a.key_cache);
+  check_written("value_cache", a.value_cache);
   if (page_size < 1 || page_size > std::numeric_limits<int32_t>::max()) {
     TVM_FFI_THROW(ValueError) << "key_cache: page_size must be at least 1, got " << page_size;
   }

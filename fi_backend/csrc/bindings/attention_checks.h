@@ -126,11 +126,11 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   constexpr int kVo = Traits::kHeadDimVo;
   check_tensor("q", a.q, kDtypeOf<typename Traits::Q>, {kAnySize, kAnySize, kQk}, device);
   const int64_t num_rows = a.q.size(0), num_qo_heads = a.q.size(1);
-  check_tensor("k_cache", a.k_cache, kDtypeOf<typename Traits::Kv>,
-               {kAnySize, kAnySize, kAnySize, kQk}, device);
+  check_cache("k_cache", a.k_cache, kDtypeOf<typename Traits::Kv>,
+              {kAnySize, kAnySize, kAnySize, kQk}, device);
   const int64_t page_size = a.k_cache.size(1), num_kv_heads = a.k_cache.size(2);
-  check_tensor("v_cache", a.v_cache, kDtypeOf<typename Traits::Kv>,
-               {a.k_cache.size(0), page_size, num_kv_heads, kVo}, device);
+  check_cache("v_cache", a.v_cache, kDtypeOf<typename Traits::Kv>,
+              {a.k_cache.size(0), page_size, num_kv_heads, kVo}, device);
   int64_t num_out_rows = num_rows;
   if (a.q_rows.has_value()) {
     check_tensor("q_rows", a.q_rows.value(), kDtypeOf<int32_t>, {kAnySize}, device);
@@ -141,6 +141,8 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   if (a.lse.has_value()) {
     check_tensor("lse", a.lse.value(), kDtypeOf<float>, {num_out_rows, num_qo_heads}, device);
   }
+  check_written("out", a.out);
+  check_written("lse", a.lse);
   check_tensor("kv_lens", a.kv_lens, kDtypeOf<int32_t>, {kAnySize}, device);
   const int64_t num_reqs = a.kv_lens.size(0);
   check_tensor("qo_indptr", a.qo_indptr, kDtypeOf<int32_t>, {num_reqs + 1}, device);
@@ -177,7 +179,7 @@ AttentionParams checked_params(const AttentionArguments& a, DLDevice device) {
   params.v_cache = a.v_cache.data_ptr();
   params.out = a.out.data_ptr();
   params.lse = data_or_null<float>(a.lse);
-  params.plan = static_cast<const int32_t*>(a.plan_buffer.data_ptr());
+  params.plan = static_cast<int32_t*>(a.plan_buffer.data_ptr());
   params.partials = static_cast<float*>(a.partials.data_ptr());
   params.qo_indptr = static_cast<const int32_t*>(a.qo_indptr.data_ptr());
   params.kv_lens = static_cast<const int32_t*>(a.kv_lens.data_ptr());

@@ -119,6 +119,32 @@ inline void check_strided(const char* name, const TensorView& tensor, DLDataType
   check_device(name, tensor, device);
 }
 
+// As check_tensor, for pages of K or V. A copy would not do: it misses what is appended later.
+inline void check_cache(const char* name, const TensorView& tensor, DLDataType dtype,
+                        std::initializer_list<int64_t> sizes, DLDevice device) {
+  check_strided(name, tensor, dtype, sizes, device);
+  if (tensor.size(-1) > 1 && tensor.stride(-1) != 1) {
+    TVM_FFI_THROW(ValueError) << name << ": the last dimension must be contiguous, got strides "
+                              << shape_text(tensor.strides().data(), tensor.strides().size())
+                              << "; allocate the cache so (other dimensions may have any strides)";
+  }
+}
+
+// Refuse, as torch does, to write a tensor several of whose elements are one place in memory.
+inline void check_written(const char* name, const TensorView& tensor) {
+  for (int64_t i = 0; i < tensor.ndim(); ++i) {
+    if (tensor.stride(i) == 0 && tensor.size(i) > 1 && tensor.numel() > 0) {
+      TVM_FFI_THROW(ValueError) << name << ": is written, so no dimension may have stride 0, got "
+                                << "strides "
+                                << shape_text(tensor.strides().data(), tensor.strides().size())
+                                << "; pass a tensor of its own, not one from expand()";
+    }
+  }
+}
+inline void check_written(const char* name, const Optional<TensorView>& tensor) {
+  if (tensor.has_value()) check_written(name, tensor.value());
+}
+
 // A vector of indices of either integer width; says whether it is int64.
 inline bool check_index_tensor(const char* name, const TensorView& tensor, int64_t size,
                                DLDevice device) {

@@ -44,6 +44,8 @@ MergePairParams checked_pair_params(const TensorView& v_a, const TensorView& lse
   check_lse("lse_a", lse_a, {rows, heads}, device);
   check_lse("lse_b", lse_b, {rows, heads}, device);
   check_lse("lse_out", lse_out, {rows, heads}, device);
+  check_written("v_out", v_out);
+  check_written("lse_out", lse_out);
   if (mask.has_value()) check_tensor("mask", mask.value(), kDtypeOf<bool>, {rows}, device);
 
   MergePairParams params = {};
@@ -75,6 +77,8 @@ MergeStatesParams checked_states_params(const TensorView& v, const TensorView& l
   check_lse("lse", lse, {rows, states, heads}, device);
   check_tensor("v_out", v_out, kDtypeOf<Out>, {rows, heads, dim}, device);
   check_lse("lse_out", lse_out, {rows, heads}, device);
+  check_written("v_out", v_out);
+  check_written("lse_out", lse_out);
 
   MergeStatesParams params = {};
   params.v = v.data_ptr();

@@ -44,6 +44,8 @@ RmsNormParams checked_rmsnorm_params(const TensorView& input, const TensorView& 
   check_like("out", out, kDtypeOf<Out>, input);
   check_tensor("weight", weight, kDtypeOf<In>, {rows.size}, device);
   if (residual.has_value()) check_like("residual", residual.value(), kDtypeOf<In>, input);
+  check_written("out", out);
+  check_written("residual", residual);
 
   RmsNormParams params = {};
   set_rows(params, input, out, rows);
@@ -66,6 +68,7 @@ LayerNormParams checked_layernorm_params(const TensorView& input, const TensorVi
   check_like("out", out, kDtypeOf<Out>, input);
   check_tensor("gamma", gamma, kDtypeOf<float>, {rows.size}, device);
   check_tensor("beta", beta, kDtypeOf<float>, {rows.size}, device);
+  check_written("out", out);
 
   LayerNormParams params = {};
   set_rows(params, input, out, rows);

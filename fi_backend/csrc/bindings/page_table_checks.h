@@ -27,6 +27,7 @@ inline PageTableParams checked_page_table_params(
   const int64_t num_branch_rows = num_requests * num_branches;
   check_tensor("page_table", page_table, kDtypeOf<int32_t>, {num_branch_rows, kAnySize}, device);
   check_tensor("kv_lens", kv_lens, kDtypeOf<int32_t>, {num_branch_rows}, device);
+  check_written("page_table", page_table);
   if (page_size < 1 || page_size > std::numeric_limits<int32_t>::max()) {
     TVM_FFI_THROW(ValueError) << "page_size: must be at least 1, got " << page_size;
   }

@@ -4,7 +4,6 @@
 #include <bindings/checks.h>
 #include <fi_backend/attention/few_rows_shape.h>
 #include <fi_backend/attention/many_rows_shape.h>
-#include <fi_backend/attention/workspace.h>
 #include <fi_backend/plan/work_line.h>
 
 namespace fi::bindings {
@@ -21,18 +20,14 @@ struct TileLimits {
   int32_t shares_sms;
 };
 
-// Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
-inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
-  return {kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0, 0, 0};
-}
-
 // Small pieces: one request of 1024 tokens and 8 kv heads must keep 132 SMs busy. Where memory is
 // busy, an item's page ids, queries and first tiles take as long to come as 128 tokens take to
-// read. Wide heads leave room for two thread blocks an SM instead of three.
+// read.
 //
-// same_types: the caches have q's type, else fp8. on_sm90: so is the device.
+// same_types: the caches have q's type, else fp8. on_sm90: the kernels for sm_90a run the plan.
+// has_mixed: the kernel for both lines does, if there is one.
 inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool same_types,
-                              bool on_sm90) {
+                              bool on_sm90, bool has_mixed) {
   constexpr int kSectionBytes = 24 << 20;  // leaves half of the smallest L2 to everything else
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
@@ -43,9 +38,9 @@ inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool sam
           64,
           64,
           16,
-          qk <= 128 && vo <= 128 ? 3 : 2,
+          few_rows_blocks_per_sm(qk, vo),
           kSectionBytes / (kv_bytes * (qk + vo)),
-          is_sm90 && same_types && has_mixed_rows_dims(qk, vo)};
+          is_sm90 && same_types && has_mixed && has_mixed_rows_dims(qk, vo)};
 }
 
 inline int64_t plan_buffer_ints(int64_t max_reqs, int64_t num_workers) {
@@ -80,9 +75,9 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
                               << num_reqs << " requests and " << num_workers << " workers, got "
                               << plan_buffer.size(0) << "; size it with plan_buffer_ints()";
   }
-  if (reinterpret_cast<uintptr_t>(plan_buffer.data_ptr()) % alignof(int64_t) != 0) {
-    TVM_FFI_THROW(ValueError) << "plan_buffer: must be aligned to 8 bytes; take it from the start "
-                              << "of an allocation";
+  if (reinterpret_cast<uintptr_t>(plan_buffer.data_ptr()) % kPlanAlignment != 0) {
+    TVM_FFI_THROW(ValueError) << "plan_buffer: must be aligned to " << kPlanAlignment
+                              << " bytes; take it from the start of an allocation";
   }
 
   WorkGeometry geometry = {};

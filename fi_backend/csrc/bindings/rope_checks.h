@@ -54,6 +54,8 @@ inline RopeParams checked_rope_params(const RopeArguments& a, DLDataType dtype, 
   const Heads k = check_heads("k", a.k, dtype, head_dim, device);
   const Heads q_out = check_heads("q_out", a.q_out, dtype, head_dim, device);
   const Heads k_out = check_heads("k_out", a.k_out, dtype, head_dim, device);
+  check_written("q_out", a.q_out);
+  check_written("k_out", a.k_out);
   if (k.num_tokens != q.num_tokens) {
     TVM_FFI_THROW(ValueError) << "k: must have as many tokens as q, " << q.num_tokens << ", got "
                               << k.num_tokens;

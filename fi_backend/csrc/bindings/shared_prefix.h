@@ -81,7 +81,7 @@ inline SharedPrefixParams shared_prefix_params(const TensorView& qo_indptr,
   params.qo_indptr = ints(qo_indptr);
   params.kv_lens = ints(kv_lens);
   params.min_pages = static_cast<int32_t>((min_tokens + page_size - 1) / page_size);
-  params.max_rows = static_cast<int32_t>(out.q_rows.size(0));
+  params.max_rows = static_cast<int32_t>(out.q_rows.size(0) / 2);
   params.worth_keys = worth_keys;
   params.own_lens = ints(out.own_lens);
   params.first_pages = ints(out.first_pages);

@@ -75,15 +75,21 @@ class FIAttnBackend(AttentionBackend):
         self._split_tokens = _DETERMINISTIC_SPLIT if deterministic else 0
         self._bound: dict[tuple[RadixAttention, torch.dtype, bool, bool], BoundLayer] = {}
         self._captured: CapturedSteps | None = None
-        self._prepare(model_runner)
+        branches = 1 if draft_step is None else draft_step.num_branches
+        self._prepare(model_runner, max_rows=slots.shape[0] * branches)
 
-    def _prepare(self, model_runner: Any) -> None:
-        """Compile the model's kernels in one parallel build and reserve their scratch memory."""
+    def _prepare(self, model_runner: Any, max_rows: int) -> None:
+        """Compile the model's kernels in one parallel build and reserve their scratch memory.
+
+        Of the largest step, so that no step replaces what graphs were captured with.
+        """
         specs = self._model_specs(model_runner)
         compile_kernels(specs, self.device, step_tables=True)
         for spec in specs:
             PagedAttention(spec, self.device)
-            size = workspace_bytes(spec, 0, 0, device=self.device, split_tokens=self._split_tokens)
+            size = workspace_bytes(
+                spec, max_rows, 0, device=self.device, split_tokens=self._split_tokens
+            )
             self._workspace.partials(size // 4)
 
     def _model_specs(self, model_runner: Any) -> list[AttentionSpec]:

@@ -22,7 +22,7 @@ _MARK = "_fi_backend"
 
 
 def register_backends(logger: logging.Logger) -> None:
-    """Register `fi_backend`, and `flashinfer` unless it is to be kept.
+    """Register `fi_backend`, and `flashinfer` unless it is to be kept; undo all if a step fails.
 
     Raises:
         RuntimeError: `FI_BACKEND_STRICT` is set and this SGLang was not tested.
@@ -45,17 +45,15 @@ def register_backends(logger: logging.Logger) -> None:
 
     if NAME in ATTENTION_BACKENDS:
         return
-    before = dict(ATTENTION_BACKENDS)
+    takes_flashinfer = not env.KEEP_FLASHINFER.get()
+    undo: list[Callable[[], None]] = []
     try:
-        takes_flashinfer = not env.KEEP_FLASHINFER.get()
-        ATTENTION_BACKENDS[NAME] = factory(None)
-        if takes_flashinfer:
-            ATTENTION_BACKENDS[_FLASHINFER] = factory(before[_FLASHINFER])
-        _extend_choices()
-        _hook(takes_flashinfer)
+        _extend_table(ATTENTION_BACKENDS, takes_flashinfer, undo)
+        _extend_choices(undo)
+        _hook(takes_flashinfer, undo)
     except Exception:
-        ATTENTION_BACKENDS.clear()
-        ATTENTION_BACKENDS.update(before)
+        for step in reversed(undo):
+            step()
         raise
 
 
@@ -70,15 +68,33 @@ def _text(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _extend_choices() -> None:
+def _extend_table(
+    table: dict[str, Any], takes_flashinfer: bool, undo: list[Callable[[], None]]
+) -> None:
+    ours = {NAME: factory(None)}
+    if takes_flashinfer:
+        ours[_FLASHINFER] = factory(table[_FLASHINFER])
+    before = dict(table)
+
+    def restore() -> None:
+        table.clear()
+        table.update(before)
+
+    undo.append(restore)
+    table.update(ours)
+
+
+def _extend_choices(undo: list[Callable[[], None]]) -> None:
     """Let the command line take our name, before SGLang builds its parser."""
     from sglang.srt import server_args
 
     server_args.add_attention_backend_choices([NAME])
+    undo.append(lambda: server_args.ATTENTION_BACKEND_CHOICES.remove(NAME))
     server_args.add_deterministic_attention_backend_choices([NAME])
+    undo.append(lambda: server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.remove(NAME))
 
 
-def _hook(takes_flashinfer: bool) -> None:
+def _hook(takes_flashinfer: bool, undo: list[Callable[[], None]]) -> None:
     """Hook what goes by name and not through the table."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -94,6 +110,7 @@ def _hook(takes_flashinfer: bool) -> None:
         around["sglang.srt.utils.common.support_triton"] = _support_triton
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
+        undo.append(HookRegistry._hooks[target].pop)  # before any other plugin registers one
 
 
 def _create_draft_decode(original: Callable[..., Any], factory: Any) -> Any:
@@ -128,4 +145,4 @@ def _assert_other_packages(
 
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """SGLang's scheduler launches Triton kernels for every name but two, on a CPU too."""
-    return False
+    return backend not in (NAME, _FLASHINFER) and original(backend)

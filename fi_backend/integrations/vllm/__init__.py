@@ -11,12 +11,15 @@ process it starts: API server, engine core, workers. (`VLLM_PLUGINS`, if set, mu
     builder.py           once a step: engine metadata -> batch (metadata.py) -> plans, in memory
                          that was reserved before the first step (reservation.py)
     impl.py              once a layer: write the cache (kv_cache.py), run attention
+    context_parallel.py  the same where ranks share a cache
     worker_extension.py  counters over RPC
 """
 
 from __future__ import annotations
 
 import logging
+
+from fi_backend import env
 
 __all__ = ["register"]
 
@@ -25,18 +28,21 @@ _logger = logging.getLogger("vllm.fi_backend")
 
 
 def register() -> None:
-    """Register with the vLLM of this process. Never raises; a second call changes nothing.
+    """Register with the vLLM of this process; a second call changes nothing.
 
     A vLLM version outside the tested range, `FI_BACKEND_DISABLE=1` and any failure leave vLLM as
-    it was; each says so in one line.
+    it was; each says so in one line. With `FI_BACKEND_STRICT=1` the first and the last end the
+    engine's start.
+
+    Raises:
+        RuntimeError: something is wrong, and `FI_BACKEND_STRICT` is set.
     """
     try:
         from fi_backend.integrations.vllm.registration import register_backends
 
         register_backends(_logger)
     except Exception as error:  # an exception here would end the engine
-        _logger.error(
-            "fi_backend: not registered (%s: %s); vLLM keeps its own attention backends",
-            type(error).__name__,
-            error,
-        )
+        message = f"fi_backend: not registered ({type(error).__name__}: {error})"
+        if env.STRICT.get():
+            raise RuntimeError(message) from error
+        _logger.error("%s; vLLM keeps its own attention backends", message)

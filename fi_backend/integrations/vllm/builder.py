@@ -14,7 +14,9 @@ from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 from fi_backend import AttentionSpec, compile_kernels
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
-from fi_backend.integrations.vllm.impl import FIAttentionImpl, attention_for, geometry_key
+from fi_backend.integrations.vllm.attentions import attention_for, geometry_key
+from fi_backend.integrations.vllm.context_parallel import Shard
+from fi_backend.integrations.vllm.impl import FIAttentionImpl
 from fi_backend.integrations.vllm.metadata import FIMetadata, to_batch
 from fi_backend.integrations.vllm.reservation import Reservation
 
@@ -54,6 +56,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
         self._rows_are_bounded = True
         impls = self._impls()
         self._num_layers = len(impls)
+        max_reqs = vllm_config.scheduler_config.max_num_seqs
         self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
         compile_kernels(self._model_specs(), device)
         for spec in self._specs[not self._encoder_only].values():
@@ -61,9 +64,21 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
         self._reservation = Reservation(
             {key: spec for specs in self._specs.values() for key, spec in specs.items()},
             device,
-            max_reqs=vllm_config.scheduler_config.max_num_seqs,
-            is_alone=not vllm_config.parallel_config.use_ubatching,
+            max_reqs=max_reqs,
+            # Not the configuration itself, of which a drafter has another.
+            engine=None
+            if vllm_config.parallel_config.use_ubatching
+            else vllm_config.compilation_config.static_forward_context,
         )
+        self._shard = None
+        if any(impl.num_shards > 1 for impl in impls):
+            self._shard = Shard(
+                impls[0].num_shards,
+                impls[0].dcp_rank,
+                vllm_config.parallel_config.cp_kv_cache_interleave_size,
+                max_reqs,
+                device,
+            )
 
     def _impls(self) -> list[FIAttentionImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -75,13 +90,14 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             return []
         layers = self.vllm_config.compilation_config.static_forward_context
         return [
-            impl.spec(
+            spec
+            for impl in _ours(layers.values())
+            for spec in impl.parts(
                 q_dtype=self.vllm_config.model_config.dtype,
                 page_size=1,
                 head_dim_vo=impl.head_size,
                 causal=True,
             )
-            for impl in _ours(layers.values())
         ]
 
     def _distinct_specs(
@@ -92,7 +108,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             return {}
         cache: Any = self.kv_cache_spec
         specs = (
-            impl.spec(
+            impl.parts(
                 q_dtype=self.vllm_config.model_config.dtype,
                 page_size=1 if self._encoder_only else cache.block_size,
                 head_dim_vo=getattr(cache, "head_size_v", cache.head_size),
@@ -100,7 +116,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             )
             for impl in impls
         )
-        return {geometry_key(spec): spec for spec in specs}
+        return {geometry_key(spec): spec for parts in specs for spec in parts}
 
     def build(
         self,
@@ -128,9 +144,12 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
                 encoder_only=self._encoder_only,
                 max_qo_len=int(common.max_query_len) if self._rows_are_bounded else None,
             ),
+            seq_lens=common.seq_lens,
             reservation=self._reservation,
             plans={},
         )
+        if self._shard is not None:
+            self._shard.split(metadata)
         self._plan(metadata)
         counters.count_step(self._num_layers)
         return metadata
@@ -152,6 +171,8 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
         It only launches, and plans into the same memory: a graph may hold it.
         """
         metadata.plans.clear()
+        if self._shard is not None:
+            self._shard.split(metadata)
         self._plan(metadata)
 
     def _plan(self, metadata: FIMetadata) -> None:

@@ -31,7 +31,8 @@ def read() -> dict[str, int]:
     single layers. "layer_calls" are calls of a layer, which a CUDA graph makes once, when it is
     captured: a step that replays one counts in layer_steps alone. "attention_runs" is counted in
     native code, where it runs a layer or launches its kernels. So attention_runs == layer_calls
-    where every call ran on our kernels, and both are layer_steps where there are no graphs.
+    where every call ran on our kernels (twice that with decode context parallelism: cached tokens
+    and new ones), and both are layer_steps where there are no graphs.
     """
     return {
         **runtime_counters(),

@@ -12,27 +12,17 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from fi_backend import AttentionSpec, PagedAttention, append_to_cache, rope_append_to_cache
 from fi_backend.errors import UnsupportedError
 from fi_backend.integrations.vllm import counters
+from fi_backend.integrations.vllm.attentions import attention_for, geometry_key
+from fi_backend.integrations.vllm.context_parallel import (
+    ShardedAttention,
+    cached_spec,
+    new_spec,
+)
 from fi_backend.integrations.vllm.huge_pages import advise_huge_pages
 from fi_backend.integrations.vllm.kv_cache import cache_dtype, split_cache
 from fi_backend.integrations.vllm.metadata import FIMetadata
 
-__all__ = ["FIAttentionImpl", "attention_for", "geometry_key"]
-
-_attentions: dict[tuple[AttentionSpec, torch.device], PagedAttention] = {}
-_geometry_keys: dict[Any, int] = {}
-
-
-def attention_for(spec: AttentionSpec, device: torch.device) -> PagedAttention:
-    """Return the process's one PagedAttention for `spec`; layers that agree share it."""
-    found = _attentions.get((spec, device))
-    if found is None:
-        found = _attentions[spec, device] = PagedAttention(spec, device)
-    return found
-
-
-def geometry_key(spec: AttentionSpec) -> int:
-    """Return a number that stands for the spec's geometry: a cheap key of plans."""
-    return _geometry_keys.setdefault(spec.geometry, len(_geometry_keys))
+__all__ = ["FIAttentionImpl"]
 
 
 @dataclass(slots=True)
@@ -45,6 +35,7 @@ class _Bound:
     views: tuple[torch.Tensor, torch.Tensor]
     attention: PagedAttention
     plan_key: int
+    sharded: ShardedAttention | None
 
     def fits(self, kv_cache: torch.Tensor, causal: bool) -> bool:
         # Holding the tensor makes identity safe; its memory may still be given back and replaced.
@@ -72,8 +63,15 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         sinks: [num_heads], a logit per query head that joins the softmax denominator, or None.
 
     Raises:
-        UnsupportedError: a sliding window over an encoder's own tokens, which is two-sided.
+        UnsupportedError: a sliding window over an encoder's own tokens, which is two-sided; or
+            what decode context parallelism is not served with.
     """
+
+    # What vLLM asks before it serves decode context parallelism, and with drafts.
+    can_return_lse_for_decode: bool = True
+    lse_base_on_e: bool = False
+    supports_dcp: bool = True
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = True
 
     def __init__(
         self,
@@ -109,8 +107,26 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
                 f"sliding_window must be None for attn_type {attn_type}; got {sliding_window}. "
                 f"Start without --attention-backend to use vLLM's own"
             )
-        self._sinks_fp32: torch.Tensor | None = None
+        # Ranks that share this layer's cache; an encoder has none.
+        self.num_shards = 1 if self._encoder_only else self.dcp_world_size
+        if self.num_shards > 1:
+            self._check_context_parallel()
         self._bound: _Bound | None = None
+
+    def _check_context_parallel(self) -> None:
+        for name, asked in (
+            ("sliding_window", self.sliding_window is not None),
+            ("alibi_slopes", self.alibi_slopes is not None),
+            ("kv_sharing_target_layer_name", self.kv_sharing_target_layer_name is not None),
+            ("attn_type encoder_decoder", self.attn_type == AttentionType.ENCODER_DECODER),
+            ("VLLM_BATCH_INVARIANT", self._batch_invariant),
+            ("more than one key/value head of a rank", self.num_kv_heads > 1),
+        ):
+            if asked:
+                raise UnsupportedError(
+                    f"fi_backend: {name} is not served with --decode-context-parallel-size "
+                    f"{self.dcp_world_size}; start without that option"
+                )
 
     def spec(
         self, *, q_dtype: torch.dtype, page_size: int, head_dim_vo: int, causal: bool
@@ -133,10 +149,21 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             batch_invariant=self._batch_invariant,
         )
 
+    def parts(self, **arguments: Any) -> list[AttentionSpec]:
+        """Return what this layer runs, with the arguments of spec(): its spec, or shards of it."""
+        spec = self.spec(**arguments)
+        if self.num_shards == 1:
+            return [spec]
+        return [cached_spec(spec, self.num_shards), new_spec(spec)]
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take the sinks, a weight of the model, once they are loaded."""
+        """Give the sinks, a weight of the model, the dtype that kernels read.
+
+        The weight itself changes, not a copy of it: what an engine loads into it later reaches a
+        captured graph too, at the address that the graph knows, with or without another call.
+        """
         if self.sinks is not None:
-            self._sinks_fp32 = self.sinks.detach().to(torch.float32)
+            self.sinks.data = self.sinks.data.to(torch.float32)
 
     def forward(
         self,
@@ -156,8 +183,8 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             layer: the Attention module, for its scales.
             query: [num_tokens, num_heads, head_size], padding included; may be a strided view.
                 Rows of padding are not read, nor are their rows of output written.
-            key: [num_tokens, num_kv_heads, head_size]; read by encoder-only layers alone, the
-                others find it in the cache.
+            key: [num_tokens, num_kv_heads, head_size]; read by encoder-only layers and under
+                decode context parallelism, the others find it in the cache.
             value: as key, with the value head size.
             kv_cache: the layer's cache.
             attn_metadata: the step; None in the engine's dry runs.
@@ -178,13 +205,28 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         bound = self._bound
         if bound is None or not bound.fits(kv_cache, attn_metadata.causal):
             bound = self._bind(kv_cache, query.dtype, attn_metadata.causal)
+        if bound.sharded is not None:
+            assert key is not None
+            assert value is not None
+            bound.sharded.run(
+                attn_metadata,
+                query,
+                key,
+                value,
+                bound.views,
+                output,
+                sinks=self.sinks,
+                k_scale=layer._k_scale_float,
+                v_scale=layer._v_scale_float,
+            )
+            return output
         bound.attention.run(
             attn_metadata.plan_for(bound.plan_key, bound.attention.spec),
             query,
             bound.views,
             out=output,
             alibi_slopes=self.alibi_slopes,
-            sinks=self._sinks_fp32,
+            sinks=self.sinks,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
         )
@@ -220,7 +262,8 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
 
     def fused_rope_kvcache_supported(self) -> bool:
         """Whether vLLM's compiler may replace rope and the write of a layer by the call below."""
-        return not self._encoder_only
+        # Who attends to `key` itself needs it rotated.
+        return not self._encoder_only and self.num_shards == 1
 
     def do_rope_and_kv_cache_update(
         self,
@@ -285,6 +328,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             views=views,
             attention=attention_for(spec, kv_cache.device),
             plan_key=geometry_key(spec),
+            sharded=ShardedAttention(spec, kv_cache.device) if self.num_shards > 1 else None,
         )
         return self._bound
 
@@ -311,6 +355,6 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             (key.unsqueeze(1), value.unsqueeze(1)),
             out=output,
             alibi_slopes=self.alibi_slopes,
-            sinks=self._sinks_fp32,
+            sinks=self.sinks,
         )
         return output

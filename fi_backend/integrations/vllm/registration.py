@@ -23,19 +23,24 @@ _SAMPLER_VARIABLE = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
 def register_backends(logger: logging.Logger) -> None:
-    """Register FLASHINFER, CUSTOM and the CPU platform hook; undo all of it if a step fails."""
+    """Register FLASHINFER, CUSTOM and the CPU platform hook; undo all of it if a step fails.
+
+    Raises:
+        RuntimeError: `FI_BACKEND_STRICT` is set and this vLLM was not tested.
+    """
     import vllm
 
     if env.DISABLE.get():
         logger.info("fi_backend: standing aside because %s is set", env.DISABLE.source())
         return
     if not _is_tested(vllm.__version__):
-        logger.warning(
-            "fi_backend: standing aside: vLLM %s is outside the tested range %d.%d to %d.%d",
-            vllm.__version__,
-            *_OLDEST_TESTED,
-            *_NEWEST_TESTED,
+        message = (
+            f"vLLM {vllm.__version__} is outside the tested range "
+            f"{_text(_OLDEST_TESTED)} to {_text(_NEWEST_TESTED)}"
         )
+        if env.STRICT.get():
+            raise RuntimeError(message)
+        logger.warning("fi_backend: standing aside: %s", message)
         return
     undo: list[Callable[[], None]] = []
     try:
@@ -53,6 +58,10 @@ def _is_tested(version: str) -> bool:
     return _OLDEST_TESTED <= (int(match[1]), int(match[2])) <= _NEWEST_TESTED
 
 
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def _register(undo: list[Callable[[], None]]) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -67,8 +76,17 @@ def _register(undo: list[Callable[[], None]]) -> None:
         register_backend(backend, path)
     if current_platform.is_cpu():
         undo.append(cpu_platform.install(type(current_platform)))
-    elif importlib.util.find_spec("flashinfer") is None and _SAMPLER_VARIABLE not in os.environ:
-        # vLLM's sampler imports flashinfer unless told otherwise, whatever attention runs on.
+    elif current_platform.is_cuda():
+        _spare_sampler(undo)
+
+
+def _spare_sampler(undo: list[Callable[[], None]]) -> None:
+    """Keep vLLM's sampler from importing flashinfer where it is not installed.
+
+    To 0.33 it does so on CUDA whatever attention runs on, and the engine's start ends there. So no
+    engine that would start without us is changed.
+    """
+    if importlib.util.find_spec("flashinfer") is None and _SAMPLER_VARIABLE not in os.environ:
         undo.append(_unset_sampler_variable)
         os.environ[_SAMPLER_VARIABLE] = "0"
 

@@ -11,9 +11,10 @@ from fi_backend import AttentionSpec, PagedBatch, Plan, Workspace, plan, workspa
 
 __all__ = ["Reservation"]
 
-# vLLM makes builders per group, micro-batch and drafter, and makes all of them twice. Their steps
-# run one after the other, so one scratch serves all of a device, for as long as one of them lives.
-_scratches: WeakValueDictionary[torch.device, Workspace] = WeakValueDictionary()
+# vLLM makes builders per group, micro-batch and drafter, and makes all of them twice. The steps of
+# one engine run one after the other, so one scratch serves all its builders on a device, for as
+# long as one of them lives. Engines of one process may run at the same time: to each its own.
+_scratches: WeakValueDictionary[tuple[torch.device, int], Workspace] = WeakValueDictionary()
 
 
 class Reservation:
@@ -26,7 +27,8 @@ class Reservation:
         specs: one layer of each geometry, by its key.
         device: where the steps run.
         max_reqs: most requests of a step; more are served too, from memory of their own.
-        is_alone: no other builder's step runs at the same time.
+        engine: an object that builders whose steps run one after the other have in common; None
+            for a builder whose steps run beside those of others.
     """
 
     def __init__(
@@ -35,11 +37,12 @@ class Reservation:
         device: torch.device,
         *,
         max_reqs: int,
-        is_alone: bool,
+        engine: object | None,
     ) -> None:
         self._scratch = Workspace(device)
-        if is_alone:
-            self._scratch = _scratches.setdefault(device, self._scratch)
+        self._engine = engine  # kept, so that its id is nobody else's
+        if engine is not None:
+            self._scratch = _scratches.setdefault((device, id(engine)), self._scratch)
         sizes = (workspace_bytes(spec, max_reqs, 0, device=device) for spec in specs.values())
         self._workspace = Workspace(buffer=self._scratch.partials(max(sizes, default=0) // 4))
         zeros = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)

@@ -11,6 +11,9 @@ from reference import Mask, attention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_step import DIM, DTYPE, HEADS, KV_HEADS, SCALE, Server, make_layer
 
+from fi_backend import workspace_bytes
+from fi_backend.integrations.sglang.backend import FIAttnBackend
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENS = (1900, 3, 700)  # several tiles, where the capture had one
 
@@ -66,3 +69,13 @@ def test_long_requests_after_a_capture_with_short_ones(
         torch.testing.assert_close(
             out[request].view(1, HEADS, DIM).double(), want, atol=2e-3, rtol=2e-3
         )
+
+
+def test_scratch_memory_is_reserved_for_the_largest_step() -> None:
+    """Memory that an eager step made larger would be gone from under the graphs."""
+    server = Server("cpu")
+    server.runner.model = torch.nn.ModuleList([make_layer()])
+    backend = FIAttnBackend(server.runner)
+    (spec,) = backend._model_specs(server.runner)
+    most_requests = server.requests.req_to_token.shape[0]
+    assert backend._workspace.num_bytes >= workspace_bytes(spec, most_requests, 0)

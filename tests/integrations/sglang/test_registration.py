@@ -23,7 +23,8 @@ from sglang.srt import server_args
 from sglang.srt.utils import common
 print("ours", "fi_backend" in table)
 print("flashinfer", "stock" if table["flashinfer"] is stock else "ours")
-print("choices", server_args.ATTENTION_BACKEND_CHOICES.count("fi_backend"))
+for names in ("ATTENTION_BACKEND_CHOICES", "DETERMINISTIC_ATTENTION_BACKEND_CHOICES"):
+    print(names, getattr(server_args, names).count("fi_backend"))
 try:
     common.assert_pkg_version("flashinfer_python", "999", "it is old")
     print("needs no flashinfer")
@@ -33,10 +34,20 @@ try:
     common.assert_pkg_version("sglang-kernel-x", "999", "it is old")
 except Exception as error:
     print("other packages are asked for")
-print("triton on the CPU", common.support_triton("fi_backend"))
+for name in ("fi_backend", "flashinfer", "triton", "torch_native"):
+    print("triton for", name, common.support_triton(name))
 """
 
 REGISTRATION = "from fi_backend.integrations.sglang import registration"
+FAILS_LATE = """
+from sglang.srt.plugins.hook_registry import HookRegistry
+register = HookRegistry.register
+def fail_late(target, *rest):
+    if target.endswith("support_triton"):
+        raise RuntimeError("it is late")
+    register(target, *rest)
+HookRegistry.register = fail_late
+"""
 
 
 def report(before: str = "", **variables: str) -> tuple[list[str], int]:
@@ -53,13 +64,17 @@ def report(before: str = "", **variables: str) -> tuple[list[str], int]:
 def test_takes_both_names_once() -> None:
     lines, code = report(CUDA_VISIBLE_DEVICES="")
     assert code == 0, lines
-    assert lines[-6:] == [
+    assert lines[-10:] == [
         "ours True",
         "flashinfer ours",
-        "choices 1",
+        "ATTENTION_BACKEND_CHOICES 1",
+        "DETERMINISTIC_ATTENTION_BACKEND_CHOICES 1",
         "needs no flashinfer",
         "other packages are asked for",
-        "triton on the CPU False",
+        "triton for fi_backend False",
+        "triton for flashinfer False",
+        "triton for triton True",
+        "triton for torch_native False",
     ]
 
 
@@ -90,6 +105,24 @@ def test_standing_aside_is_said(before: str, variables: dict[str, str], words: s
     assert code == 0, lines
     assert any(words in line for line in lines), lines
     assert {"ours False", "flashinfer stock"} <= set(lines)
+
+
+def test_late_failure_undoes_everything() -> None:
+    lines, code = report(FAILS_LATE, CUDA_VISIBLE_DEVICES="")
+    assert code == 0, lines
+    assert any("not registered (RuntimeError: it is late)" in line for line in lines), lines
+    assert lines[-10:] == [
+        "ours False",
+        "flashinfer stock",
+        "ATTENTION_BACKEND_CHOICES 0",
+        "DETERMINISTIC_ATTENTION_BACKEND_CHOICES 0",
+        "needs flashinfer",
+        "other packages are asked for",
+        "triton for fi_backend True",
+        "triton for flashinfer True",
+        "triton for triton True",
+        "triton for torch_native False",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bindings/attention_variant.h>
+#include <bindings/cpu/page_ids.h>
 #include <bindings/run_count.h>
 #include <fi_backend/attention/cpu/run_line.h>
 
@@ -71,6 +72,7 @@ bool run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   }
 
   if (plan.has_work[Traits::kLine]) {
+    check_page_ids(params, num_reqs, k_cache.size(0), window_left);
     // A plan with work in both lines is one run of the layer, which its first line counts; what
     // groups of requests share is a part of another.
     if (Traits::kLine == kFewRows || (!plan.has_work[kFewRows] && !q_rows.has_value())) {

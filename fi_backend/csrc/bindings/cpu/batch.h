@@ -40,6 +40,7 @@ inline int64_t check_batch(TensorView qo_indptr, TensorView kv_lens, int64_t max
                            int64_t page_size, int64_t max_qo_len) {
   const HostInts lens("kv_lens", kv_lens, kAnySize);
   const HostInts rows("qo_indptr", qo_indptr, lens.size + 1);
+  if (rows[0] != 0) TVM_FFI_THROW(ValueError) << "qo_indptr[0] must be 0; got " << rows[0];
   check_offsets("qo_indptr", rows);
   for (int64_t r = 0; r < lens.size; ++r) {
     if (max_qo_len >= 0 && rows[r + 1] - rows[r] > max_qo_len) {

@@ -9,6 +9,11 @@
 
 namespace fi::bindings {
 
+// Few, large pieces: a thread pays for a cut, and there are not many of them to keep busy.
+inline TileLimits cpu_limits(int head_dim_qk, int head_dim_vo) {
+  return {cpu::kFewRowsLimit, many_row_tile(head_dim_qk, head_dim_vo), 64, 128, 4, 0, 0, 0};
+}
+
 inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_t head_dim_vo) {
   if (num_workers < 1 || head_dim_qk < 1 || head_dim_vo < 1) {
     TVM_FFI_THROW(ValueError) << "num_workers, head_dim_qk and head_dim_vo must be positive, got "
@@ -20,7 +25,7 @@ inline int64_t workspace_floats(int64_t num_workers, int64_t head_dim_qk, int64_
 
 // qo_indptr int32 [num_reqs + 1], kv_lens int32 [num_reqs]; writes plan_buffer. for_cuda: the plan
 // is for the CUDA kernels, and bad lengths are empty as on a device; else they are an error.
-// kept_states: see kept_parts.h. same_types and on_sm90: see cuda_limits().
+// kept_states: see WorkGeometry. same_types and on_sm90: see cuda_limits().
 // first_pages int32 [num_reqs]: see RequestSpan.
 inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
                       Optional<TensorView> first_pages, int64_t num_qo_heads, int64_t num_kv_heads,
@@ -30,7 +35,7 @@ inline void host_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView k
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
   const TileLimits limits =
-      for_cuda ? cuda_limits(qk, vo, same_types, on_sm90) : cpu_limits(qk, vo);
+      for_cuda ? cuda_limits(qk, vo, same_types, on_sm90, on_sm90) : cpu_limits(qk, vo);
   const WorkGeometry geometry =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,
                     window_left, num_workers, split, many_rows_only, kCpu, kept_states);
@@ -61,7 +66,7 @@ inline void find_shared_prefixes(
     int64_t min_tokens, int64_t worth_keys, bool for_cuda) {
   const int qk = static_cast<int>(head_dim_qk);
   const int vo = static_cast<int>(head_dim_vo);
-  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, true, false) : cpu_limits(qk, vo);
+  const TileLimits limits = for_cuda ? cuda_limits(qk, vo, true, false, false) : cpu_limits(qk, vo);
   const SharedPrefixParams params = shared_prefix_params(
       qo_indptr, kv_lens, {page_indptr, page_indices, block_table, request_rows}, page_size,
       {own_lens, first_pages, first_rows, group_indptr, group_lens, group_tables, q_rows, scratch},

@@ -10,18 +10,21 @@ namespace fi::bindings {
 inline constexpr int64_t kRowAlignment = 16;
 
 // The address of every row of `tensor` must be a multiple of `bytes`. All dimensions but the last
-// may have any stride that keeps it so; the stride of a dimension of size 1 is never used.
-inline void check_row_alignment(const char* name, const TensorView& tensor, int64_t bytes) {
+// may have any stride that keeps it so; the stride of a dimension of size 1 is never used. `remedy`
+// says what to do about others; nullptr: copy.
+inline void check_row_alignment(const char* name, const TensorView& tensor, int64_t bytes,
+                                const char* remedy = nullptr) {
   const int64_t element = tensor.dtype().bits / 8;
   bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
   for (int32_t i = 0; i + 1 < tensor.ndim(); ++i) {
     is_aligned = is_aligned && (tensor.size(i) <= 1 || tensor.stride(i) * element % bytes == 0);
   }
   if (!is_aligned) {
+    const std::string copy = std::string("pass ") + name + ".contiguous()";
     TVM_FFI_THROW(ValueError) << name << ": rows must begin at multiples of " << bytes
                               << " bytes, got an address or strides "
                               << shape_text(tensor.strides().data(), tensor.strides().size())
-                              << " that do not; pass " << name << ".contiguous()";
+                              << " that do not; " << (remedy == nullptr ? copy : remedy);
   }
 }
 
@@ -35,7 +38,7 @@ struct AttentionLaunch {
   bool enable_pdl;
 };
 
-// Traits: Q, Kv, Out, Variant, kHeadDimQk and kHeadDimVo; kName; kHasRope;
+// Traits: Q, Kv, Out, Variant, kHeadDimQk and kHeadDimVo; kName; kHasRope; kTakesQueryRows;
 // partial_floats(num_workers); and launch(params, AttentionLaunch, stream). Arguments as on the
 // CPU, where each is described; the plan lies on the device, so that only its size can be checked,
 // and causal and window_left are those it was made with.
@@ -67,11 +70,12 @@ void run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   check_variant_options<typename Traits::Variant>(arguments);
   set_variant<typename Traits::Variant, Members...>(params, device, members...);
   check_row_alignment("q", q, kRowAlignment);
-  check_row_alignment("k_cache", k_cache, kRowAlignment);
-  check_row_alignment("v_cache", v_cache, kRowAlignment);
+  const char* for_caches = "allocate the cache so: a copy would miss what is appended later";
+  check_row_alignment("k_cache", k_cache, kRowAlignment, for_caches);
+  check_row_alignment("v_cache", v_cache, kRowAlignment, for_caches);
   check_row_alignment("out", out, 4 * (out.dtype().bits / 8));
   check_row_alignment("partials", partials, kRowAlignment);
-  check_row_alignment("plan_buffer", plan_buffer, kRowAlignment);
+  check_row_alignment("plan_buffer", plan_buffer, kPlanAlignment);
   if (partials.size(0) < Traits::partial_floats(num_workers)) {
     TVM_FFI_THROW(ValueError) << "partials: must have at least "
                               << Traits::partial_floats(num_workers) << " elements, got "
@@ -80,6 +84,10 @@ void run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   if (rope_theta != 0 && !Traits::kHasRope) {
     TVM_FFI_THROW(ValueError) << "rope_theta: must be 0 in the " << Traits::kName << " kernel, got "
                               << rope_theta << "; rotate q and k before";
+  }
+  if (q_rows.has_value() && !Traits::kTakesQueryRows) {
+    TVM_FFI_THROW(ValueError) << "q_rows: must be None in the " << Traits::kName
+                              << " kernel, which reads row i of q for row i of out";
   }
 
   tvm::ffi::CUDADeviceGuard guard(device.device_id);

@@ -18,8 +18,10 @@ struct DecodeTraits {
   static constexpr int kHeadDimVo = kHeadDimVo_;
   static constexpr const char* kName = "decode";
   static constexpr bool kHasRope = false;
+  static constexpr bool kTakesQueryRows = false;
 
   static int64_t few_rows_limit() { return cuda_few_rows_limit(kHeadDimQk, kHeadDimVo); }
+  static int64_t small_item_rows() { return kSmallItemRows; }
 
   // Without a fixed split; batch-invariant mode needs kMaxChunks times as many.
   static int64_t partial_floats(int64_t num_workers) {

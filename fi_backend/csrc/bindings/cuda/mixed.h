@@ -19,12 +19,11 @@ struct MixedTraits {
   static constexpr int kHeadDimVo = kHeadDimVo_;
   static constexpr const char* kName = "mixed";
   static constexpr bool kHasRope = false;
+  static constexpr bool kTakesQueryRows = false;
 
-  // Both lines write theirs at the same time. Only as many workers of the many-row line as there
-  // are SMs get work.
+  // Both lines write theirs at the same time.
   static int64_t many_floats(int64_t num_workers) {
-    const int rows = many_row_tile(kHeadDimQk, kHeadDimVo);
-    return ManyRowsPartials{rows, kHeadDimVo}.floats(planned_sms(num_workers));
+    return many_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers);
   }
   static int64_t few_floats(int64_t num_workers) {
     return PartialArea{cuda_few_rows_limit(kHeadDimQk, kHeadDimVo), kHeadDimVo, 1}.floats(
@@ -48,18 +47,11 @@ struct MixedTraits {
   }
 };
 
-// True if the module has code for the current device.
-inline bool mixed_is_available() {
+// True if the module has code for a device.
+inline bool mixed_is_available(int64_t device) {
+  tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
   bool result = false;
   return has_mixed_rows(result) == cudaSuccess && result;
-}
-
-// traces int64 [num_blocks, 5], on the CPU; see BlockTrace.
-inline void take_block_traces(TensorView traces) {
-  check_tensor("traces", traces, kDtypeOf<int64_t>, {kAnySize, 5}, kCpu);
-  const auto num_blocks = static_cast<int>(traces.size(0));
-  check_launch("mixed",
-               fi::take_block_traces(static_cast<BlockTrace*>(traces.data_ptr()), num_blocks));
 }
 
 }  // namespace fi::bindings

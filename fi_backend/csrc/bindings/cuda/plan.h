@@ -7,15 +7,16 @@
 
 namespace fi::bindings {
 
-// What the attention kernels of the plan's device have room for. same_types: q and the caches have
-// one type.
+// What the attention kernels that run a plan on its device have room for. same_types: q and the
+// caches have one type. has_sm90_code: the kernels are compiled for sm_90a too. has_mixed: the one
+// for both lines is used where there is one.
 inline TileLimits limits_for(const TensorView& plan, int64_t head_dim_qk, int64_t head_dim_vo,
-                             bool same_types) {
+                             bool same_types, bool has_sm90_code, bool has_mixed) {
   check_cuda("plan_buffer", plan);
   int major = 0;
   check_launch("device_plan", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
                                                      plan.device().device_id));
-  return cuda_limits(head_dim_qk, head_dim_vo, same_types, major == 9);
+  return cuda_limits(head_dim_qk, head_dim_vo, same_types, major == 9 && has_sm90_code, has_mixed);
 }
 
 inline PlannedBatch planned_batch(const WorkGeometry& geometry, const TensorView& plan,
@@ -30,8 +31,10 @@ inline PlannedBatch planned_batch(const WorkGeometry& geometry, const TensorView
 inline void device_plan(TensorView plan_buffer, TensorView qo_indptr, TensorView kv_lens,
                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim_qk,
                         int64_t head_dim_vo, bool causal, int64_t window_left, int64_t num_workers,
-                        int64_t split, bool many_rows_only, bool same_types, bool enable_pdl) {
-  const TileLimits limits = limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types);
+                        int64_t split, bool many_rows_only, bool same_types, bool has_sm90_code,
+                        bool has_mixed, bool enable_pdl) {
+  const TileLimits limits =
+      limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types, has_sm90_code, has_mixed);
   const DLDevice device = plan_buffer.device();
   const WorkGeometry geometry =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,

@@ -18,9 +18,10 @@ struct PrefillTraits {
   static constexpr int kHeadDimVo = kHeadDimVo_;
   static constexpr const char* kName = "prefill";
   static constexpr bool kHasRope = false;
+  static constexpr bool kTakesQueryRows = true;
 
   static int64_t partial_floats(int64_t num_workers) {
-    return ManyRowsPartials{many_row_tile(kHeadDimQk, kHeadDimVo), kHeadDimVo}.floats(num_workers);
+    return many_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers);
   }
   static int64_t invariant_partial_floats(int64_t num_workers) {
     return partial_floats(num_workers);

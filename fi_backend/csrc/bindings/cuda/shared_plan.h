@@ -18,8 +18,10 @@ inline void shared_plan(TensorView plan_buffer, TensorView group_plan, TensorVie
                         TensorView scratch, int64_t group_states, int64_t num_qo_heads,
                         int64_t num_kv_heads, int64_t head_dim_qk, int64_t head_dim_vo, bool causal,
                         int64_t window_left, int64_t num_workers, int64_t min_tokens,
-                        int64_t worth_keys, bool same_types, bool enable_pdl) {
-  const TileLimits limits = limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types);
+                        int64_t worth_keys, bool same_types, bool has_sm90_code, bool has_mixed,
+                        bool enable_pdl) {
+  const TileLimits limits =
+      limits_for(plan_buffer, head_dim_qk, head_dim_vo, same_types, has_sm90_code, has_mixed);
   const DLDevice device = plan_buffer.device();
   const WorkGeometry step =
       make_geometry(plan_buffer, qo_indptr, kv_lens, num_qo_heads, num_kv_heads, limits, causal,

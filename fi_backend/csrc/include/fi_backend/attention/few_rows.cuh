@@ -105,7 +105,7 @@ class FewRowsCompute {
     FewRowsSoftmax<Traits, kBlocks> softmax(
         ptx::shared_address(q) + first_row * Traits::QRows::kRowBytes, rows_ + first_row,
         make_logit_transform(p_.attention, unit.piece),
-        keys_all_see(p_.attention, shared_.geometry, kFewRows, unit.piece),
+        keys_all_see(p_.attention, shared_.geometry, unit.piece),
         PieceVariant<Variant>(p_.attention, unit.piece));
     const int32_t end = unit.tokens.end;
     const bool has_rows = first_row < unit.num_rows;
@@ -252,10 +252,9 @@ class FewRowsCompute {
     PairMerge<Traits> merge(p_.attention.partials, unit.partials, first, second,
                             second < piece.num_rows);
     const int row = merge.row();
-    const LogitRow logit_row =
-        row >= unit.first_row
-            ? rows_[row - unit.first_row]
-            : make_logit_row(p_.attention, shared_.geometry, kFewRows, piece, row);
+    const LogitRow logit_row = row >= unit.first_row
+                                   ? rows_[row - unit.first_row]
+                                   : item_row(p_.attention, shared_.geometry, piece, row);
     merge.run(
         [&](float max, float sum) {
           const RowResult result = finish_row<Variant>(p_.attention, piece, logit_row, max, sum);

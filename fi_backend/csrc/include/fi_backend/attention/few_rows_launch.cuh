@@ -5,6 +5,7 @@
 
 #include <fi_backend/attention/few_rows.cuh>
 #include <fi_backend/common/launch.cuh>
+#include <fi_backend/common/per_device_launch.cuh>
 
 namespace fi {
 
@@ -14,40 +15,28 @@ struct FewRowsSetup {
   int64_t resident_ctas;
 };
 
-// Set up the kernel on the current device; once per thread and device.
+// Set up the kernel on a device.
 template <class Traits>
-cudaError_t set_up_few_rows(FewRowsSetup& setup) {
-  thread_local int device_set_up = -1;
-  thread_local FewRowsSetup known = {};
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+cudaError_t set_up_few_rows(int device, FewRowsSetup& setup) {
+  int sm_bytes = 0, reserved_bytes = 0, num_sms = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return error;
-  if (device != device_set_up) {
-    int sm_bytes = 0, reserved_bytes = 0, num_sms = 0;
-    error = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    if (error != cudaSuccess) return error;
-    error =
-        cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device);
-    if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-    known.shape = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
-    known.resident_ctas = int64_t{known.shape.ctas_per_sm} * num_sms;
-    if (known.shape.num_stages < kFewRowsMinStages) return cudaErrorInvalidConfiguration;
-    error =
-        cudaFuncSetAttribute(few_rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             known.shape.shared_bytes);
-    if (error != cudaSuccess) return error;
-    device_set_up = device;
-  }
-  setup = known;
-  return cudaSuccess;
+  error = cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  setup.shape = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
+  setup.resident_ctas = int64_t{setup.shape.ctas_per_sm} * num_sms;
+  if (setup.shape.num_stages < kFewRowsMinStages) return cudaErrorInvalidConfiguration;
+  return cudaFuncSetAttribute(few_rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              setup.shape.shared_bytes);
 }
 
 template <class Traits>
 FewRowsParams make_few_rows_params(const AttentionParams& params, const FewRowsLaunch& l,
                                    int num_stages) {
-  const PlanView plan = view_plan(const_cast<int32_t*>(params.plan), l.num_reqs, l.num_workers);
+  const PlanView plan = view_plan(params.plan, l.num_reqs, l.num_workers);
   PartialArea partials = {Traits::kItemRows, Traits::kVo, kMaxChunks};
   if (l.partial_floats < partials.floats(l.num_workers)) partials.chunks = 1;
   return {params,
@@ -65,8 +54,9 @@ FewRowsParams make_few_rows_params(const AttentionParams& params, const FewRowsL
 template <class Traits>
 cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
                          cudaStream_t stream) {
+  static thread_local PerDevice<FewRowsSetup> setups;
   FewRowsSetup setup;
-  const cudaError_t error = set_up_few_rows<Traits>(setup);
+  const cudaError_t error = setups.get(setup, set_up_few_rows<Traits>);
   if (error != cudaSuccess) return error;
   const FewRowsParams p = make_few_rows_params<Traits>(params, l, setup.shape.num_stages);
   const int64_t num_ctas = min64(l.num_workers, setup.resident_ctas);

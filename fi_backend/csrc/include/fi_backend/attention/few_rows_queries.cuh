@@ -74,6 +74,24 @@ __device__ __forceinline__ float convert_for_fp8(uint8_t* q, int row) {
   return missing;
 }
 
+// The packed row `row` of a few-row item. Like tile_row() of the other line, whose division it does
+// not need: shared code would change the order of instructions, in the epilogues of both.
+__device__ __forceinline__ LogitRow item_row(const AttentionParams& p, const WorkGeometry& g,
+                                             const WorkPiece& piece, int row) {
+  const auto qo_idx = static_cast<int32_t>(uint32_t(row) / uint32_t(g.group_size));
+  const KvRange seen = visible_tokens(g, piece.qo_len, piece.kv_len, qo_idx);
+  const float k_scale = p.k_scale != nullptr ? p.k_scale[piece.kv_head] : p.k_scale_value;
+  LogitRow r;
+  r.qo_idx = qo_idx;
+  r.head = piece.kv_head * g.group_size + (row - qo_idx * g.group_size);
+  r.scale = p.sm_scale * k_scale * (p.soft_cap != 0.f ? 1.f / p.soft_cap : kLog2e);
+  r.slope = p.alibi_slopes != nullptr ? p.alibi_slopes[r.head] * kLog2e : 0.f;
+  r.begin = seen.begin;
+  r.end = seen.end;
+  r.position = piece.kv_len - piece.qo_len + qo_idx;
+  return r;
+}
+
 // Prepare a warp's share of a unit's rows: `warp`, warp + kComputeWarps, .. up to the end of the
 // last block; rows that do not exist see no key. Whoever reads any of them needs a barrier after
 // this.
@@ -96,7 +114,7 @@ __device__ __forceinline__ void prepare_queries(const AttentionParams& p, const 
   if (row >= num_rows) return;
   LogitRow logit_row = {};
   if (row < unit.num_rows) {
-    logit_row = make_logit_row(p, g, kFewRows, unit.piece, unit.first_row + row);
+    logit_row = item_row(p, g, unit.piece, unit.first_row + row);
     logit_row.scale *= missing;
   }
   rows[row] = logit_row;

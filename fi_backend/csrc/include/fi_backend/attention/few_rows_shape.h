@@ -1,6 +1,7 @@
 // Sizes of the few-row CUDA kernel that its host code needs too.
 #pragma once
 
+#include <fi_backend/attention/row_tiles.h>
 #include <fi_backend/plan/work_line.h>
 
 namespace fi {
@@ -8,6 +9,12 @@ namespace fi {
 // Most packed rows of a few-row item: their accumulators stay in registers.
 FI_HOST_DEVICE constexpr int cuda_few_rows_limit(int head_dim_qk, int head_dim_vo) {
   return head_dim_qk <= 128 && head_dim_vo <= 128 ? 32 : 16;
+}
+
+// Thread blocks of the kernel for few rows of a request that fit an SM: wide heads leave room for
+// fewer.
+FI_HOST_DEVICE constexpr int few_rows_blocks_per_sm(int head_dim_qk, int head_dim_vo) {
+  return head_dim_qk <= 128 && head_dim_vo <= 128 ? 3 : 2;
 }
 
 // The workspace holds states of chunks of items, for items that do not fit one worker or are
@@ -20,7 +27,9 @@ struct PartialArea {
 
   // A slot is the unnormalised values [rows, head_dim_vo], then (maximum logit, sum of weights)
   // per row.
-  FI_HOST_DEVICE constexpr int64_t slot_floats() const { return int64_t{rows} * (head_dim_vo + 2); }
+  FI_HOST_DEVICE constexpr int64_t slot_floats() const {
+    return int64_t{rows} * (head_dim_vo + kPartialTail);
+  }
   FI_HOST_DEVICE constexpr int64_t floats(int64_t num_workers) const {
     return num_workers * 2 * chunks * slot_floats();
   }

@@ -7,10 +7,6 @@
 
 namespace fi {
 
-// A row's reference grows only when a logit exceeds it by this much: most tiles then need neither a
-// maximum over the warp nor a rescaling. Weights stay below 2^8, far from the end of fp16.
-inline constexpr float kMaxSlack = 8.f;
-
 // Place of an accumulator in a block of rows in shared memory. Rows that the lanes of a warp write
 // together get other banks.
 template <class Traits>

@@ -14,6 +14,7 @@ namespace fi {
 inline constexpr int kTileTokens = 16;  // rows of an mma
 inline constexpr int kTokenWarps = 4;   // that tiles are dealt to
 inline constexpr int kRowBlock = 8;     // columns of an mma: packed query rows
+static_assert(kRowBlock == kSmallItemRows, "the planner knows the kernel for one block of rows");
 inline constexpr int kMaxRowGroups = 3;
 
 inline constexpr int kFewRowsMinStages = 3;
@@ -53,7 +54,7 @@ struct FewRowsTraits {
   static constexpr int kRingWarps = kRowGroups > 1 ? 2 : 1;
   static constexpr int kCopyWarps = kRowGroups > 1 ? 2 * kRingWarps : 1;
   static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
-  static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : kQk <= 128 && kVo <= 128 ? 3 : 2;
+  static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : few_rows_blocks_per_sm(kQk, kVo);
 
   // Whether K and V leave the L2 cache to what other blocks of the kernel have there.
   static constexpr bool kEvictsFirst = false;

@@ -1,8 +1,9 @@
 // Parts of items that are kept (plan/kept_parts.h): a row has a state for each, one after the other
-// in out and lse.
+// in out and lse (plan/group_rows.h).
 #pragma once
 
 #include <fi_backend/attention/variant.h>
+#include <fi_backend/plan/group_rows.h>
 
 #include <fi_backend/attention/logits.cuh>
 #include <fi_backend/attention/many_rows_shape.cuh>
@@ -15,7 +16,8 @@ __device__ __forceinline__ int64_t output_index(const AttentionParams& p, const 
                                                 const LogitRow& row) {
   const int64_t index = int64_t{item.piece.qo_begin} + row.qo_idx;
   if constexpr (!kKeepsParts<Variant>) return index;
-  return index * p.plan[kNumPartsInt] + (item.piece.whole() ? 0 : item.holders.rank);
+  const StateRange states = state_range(p.plan, p.qo_indptr, static_cast<int32_t>(index));
+  return states.begin + (item.piece.whole() ? 0 : item.holders.rank);
 }
 
 // Say that there are no parts after an item's last one. lse: that of a row of the part at hand.
@@ -26,7 +28,8 @@ __device__ __forceinline__ void clear_missing_parts(const AttentionParams& p,
   const int rank = item.piece.whole() ? 0 : item.holders.rank;
   const int count = item.piece.whole() ? 1 : item.holders.count;
   if (rank + 1 < count) return;
-  for (int part = count; part < p.plan[kNumPartsInt]; ++part) {
+  const int most = state_range(p.plan, p.qo_indptr, item.piece.qo_begin).count;
+  for (int part = count; part < most; ++part) {
     lse[(part - rank) * p.lse_row_stride] = minus_infinity();
   }
 }

@@ -14,6 +14,11 @@ namespace fi {
 // The maximum of a row that has seen no key.
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
+// A row's maximum grows only when a logit exceeds it by this much: a weight may be above 1 as well
+// as below, and most tiles then need neither a maximum over the lanes nor a rescaling. Weights stay
+// below 2^8, far from the end of fp16.
+inline constexpr float kMaxSlack = 8.f;
+
 // tanh to 2e-7 of 1: a logit under a cap needs no better relative error near 0, the hardware's tanh
 // has 11 bits only, and tanhf takes enough registers to make kernels spill that unroll over logits.
 __device__ __forceinline__ float soft_cap_tanh(float x) {
@@ -65,42 +70,14 @@ __device__ __forceinline__ LogitTransform make_logit_transform(const AttentionPa
           p.custom_mask == nullptr ? nullptr : p.custom_mask + p.mask_indptr[piece.request]};
 }
 
-// `row` counts the packed rows of the piece's query tile.
-__device__ __forceinline__ LogitRow make_logit_row(const AttentionParams& p, const WorkGeometry& g,
-                                                   int line, const WorkPiece& piece, int row) {
-  const int64_t packed = (line == kFewRows ? 0 : int64_t{piece.q_tile} * g.tile_rows) + row;
-  const int32_t qo_idx = line == kFewRows
-                             ? int32_t(uint32_t(row) / uint32_t(g.group_size))
-                             : static_cast<int32_t>(divide_index(packed, g.group_size).quot);
-  const KvRange seen = visible_tokens(g, piece.qo_len, piece.kv_len, qo_idx);
-  const float k_scale = p.k_scale != nullptr ? p.k_scale[piece.kv_head] : p.k_scale_value;
-  LogitRow r;
-  r.qo_idx = qo_idx;
-  r.head =
-      piece.kv_head * g.group_size + static_cast<int32_t>(packed - int64_t{qo_idx} * g.group_size);
-  r.scale = p.sm_scale * k_scale * (p.soft_cap != 0.f ? 1.f / p.soft_cap : kLog2e);
-  r.slope = p.alibi_slopes != nullptr ? p.alibi_slopes[r.head] * kLog2e : 0.f;
-  r.begin = seen.begin;
-  r.end = seen.end;
-  r.position = piece.kv_len - piece.qo_len + qo_idx;
-  return r;
-}
-
-// The keys that every row of the piece's query tile sees: among them nothing needs a mask. Empty
-// under a custom mask.
+// The keys that every row of the piece's request sees: among them nothing needs a mask. Empty under
+// a custom mask.
 __device__ __forceinline__ KvRange keys_all_see(const AttentionParams& p, const WorkGeometry& g,
-                                                int line, const WorkPiece& piece) {
+                                                const WorkPiece& piece) {
   if (p.custom_mask != nullptr) return {0, 0};
-  int64_t first_idx = 0;
-  int64_t last_idx = piece.qo_len - 1;
-  if (line == kManyRows) {
-    const int64_t first = int64_t{piece.q_tile} * g.tile_rows;
-    first_idx = divide_index(first, g.group_size).quot;
-    last_idx = divide_index(first + piece.num_rows - 1, g.group_size).quot;
-  }
   // Both ends of what a row sees grow with the row.
-  return {visible_tokens(g, piece.qo_len, piece.kv_len, last_idx).begin,
-          visible_tokens(g, piece.qo_len, piece.kv_len, first_idx).end};
+  return {visible_tokens(g, piece.qo_len, piece.kv_len, piece.qo_len - 1).begin,
+          visible_tokens(g, piece.qo_len, piece.kv_len, 0).end};
 }
 
 struct RowResult {

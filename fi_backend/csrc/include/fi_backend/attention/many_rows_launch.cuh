@@ -6,6 +6,7 @@
 #include <fi_backend/attention/many_rows.cuh>
 #include <fi_backend/attention/many_rows_sm90_launch.cuh>
 #include <fi_backend/common/launch.cuh>
+#include <fi_backend/common/per_device_launch.cuh>
 
 namespace fi {
 
@@ -36,27 +37,17 @@ struct ManyRowsKernels {
     int shared_bytes;
   };
 
-  // Set up the kernel for the current device; once per thread and device.
-  static cudaError_t choose(Choice& choice) {
-    thread_local int prepared_device = -1;
-    thread_local Choice prepared = {};
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
+  // Choose and set up the kernel for a device.
+  static cudaError_t choose(int device, Choice& choice) {
+    int max_bytes = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
-    if (device != prepared_device) {
-      int max_bytes = 0;
-      error = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      if (error != cudaSuccess) return error;
-      prepared = max_bytes >= kBytes<kLarge, 2>
-                     ? Choice{many_rows_kernel<Traits<kLarge, 2>>, kBytes<kLarge, 2>}
-                     : Choice{many_rows_kernel<Traits<kSmall, 1>>, kBytes<kSmall, 1>};
-      error = cudaFuncSetAttribute(prepared.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   prepared.shared_bytes);
-      if (error != cudaSuccess) return error;
-      prepared_device = device;
-    }
-    choice = prepared;
-    return cudaSuccess;
+    choice = max_bytes >= kBytes<kLarge, 2>
+                 ? Choice{many_rows_kernel<Traits<kLarge, 2>>, kBytes<kLarge, 2>}
+                 : Choice{many_rows_kernel<Traits<kSmall, 1>>, kBytes<kSmall, 1>};
+    return cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                choice.shared_bytes);
   }
 
   static cudaError_t run(const AttentionParams& params, const ManyRowsLaunch& l,
@@ -69,8 +60,9 @@ struct ManyRowsKernels {
       if (error != cudaSuccess) return error;
       if (num_sms > 0) return Sm90::run(params, l, num_sms, stream);
     }
+    static thread_local PerDevice<Choice> choices;
     Choice choice;
-    const cudaError_t error = choose(choice);
+    const cudaError_t error = choices.get(choice, choose);
     if (error != cudaSuccess) return error;
     return launch(choice.kernel, l.num_workers, dim3(kManyRowsThreads), choice.shared_bytes, stream,
                   l.enable_pdl, params);

@@ -181,8 +181,8 @@ __device__ __forceinline__ void merge_row(float2& state, float4& o, const float2
 // Merge the parts of an item in the order of their tokens, whoever computed them, and write it.
 // Other CTAs wrote the parts: loads go past L1, which may hold what was there before.
 template <class Traits>
-__device__ __forceinline__ void merge_parts(const AttentionParams& p, const WorkGeometry& g,
-                                            const ManyRowsItem& item) {
+__device__ __forceinline__ void merge_item(const AttentionParams& p, const WorkGeometry& g,
+                                           const ManyRowsItem& item) {
   using Variant = typename Traits::Variant;
   const PieceVariant<Variant> variant(p, item.piece);
   constexpr int kVecs = Traits::kVo / 4;
@@ -244,7 +244,7 @@ __device__ __forceinline__ void end_part(const AttentionParams& p, const WorkGeo
                                          const Sync& sync) {
   const ItemHolders& holders = item.holders;
   int32_t* finished = ManyRowsWalk::plan_of(p, g).finished[kManyRows] + holders.first;
-  if (finish_part(finished, holders.count, is_last, sync)) merge_parts<Traits>(p, g, item);
+  if (finish_part(finished, holders.count, is_last, sync)) merge_item<Traits>(p, g, item);
 }
 
 }  // namespace fi

@@ -1,7 +1,8 @@
 // Sizes of the many-row CUDA kernel that its host code needs too.
 #pragma once
 
-#include <fi_backend/attention/workspace.h>
+#include <fi_backend/attention/row_tiles.h>
+#include <fi_backend/plan/work_line.h>
 
 namespace fi {
 
@@ -40,5 +41,12 @@ struct ManyRowsPartials {
     return offset(num_workers, 0);
   }
 };
+
+// Floats of workspace of a plan. Only as many workers of the many-row line as there are SMs get
+// work.
+inline int64_t many_rows_partial_floats(int head_dim_qk, int head_dim_vo, int64_t num_workers) {
+  const ManyRowsPartials partials = {many_row_tile(head_dim_qk, head_dim_vo), head_dim_vo};
+  return partials.floats(planned_sms(static_cast<int32_t>(num_workers)));
+}
 
 }  // namespace fi

@@ -47,8 +47,7 @@ __device__ __forceinline__ void load_plan(const ManyRowsSm90Params& params,
                                           Sm90Memory<Traits>& memory, int32_t first_worker,
                                           uint32_t num_dealt) {
   const AttentionParams& p = params.attention;
-  const PlanView plan =
-      view_plan(const_cast<int32_t*>(p.plan), params.num_reqs, params.num_workers);
+  const PlanView plan = view_plan(p.plan, params.num_reqs, params.num_workers);
   const int thread = threadIdx.x % kGroupThreads;
   const auto touch = [&](const auto* array) {
     constexpr int kCount = 128 / sizeof(*array);  // of a cache line

@@ -152,7 +152,7 @@ class Sm90Computer {
   __device__ __forceinline__ void make_weights(const ScoreTile<Traits>& s, float scale,
                                                WeightTile<Traits>& weights, const Wait& wait) {
     // No sum is larger where move_maxima() would leave all maxima as they are.
-    constexpr float kLargest = Traits::kTokens / 4 * (1 << int(kManyRowsSlack));
+    constexpr float kLargest = Traits::kTokens / 4 * (1 << int(kMaxSlack));
     float sums[2];
     pack_weights<Traits>(s, scale, rows_.sums, weights, sums, wait);
     if constexpr (!Traits::Variant::kUsesSoftmax) return;

@@ -5,37 +5,26 @@
 
 #include <fi_backend/attention/many_rows_sm90.cuh>
 #include <fi_backend/common/launch.cuh>
+#include <fi_backend/common/per_device_launch.cuh>
 #include <fi_backend/common/tensor_map_launch.cuh>
 
 namespace fi {
 
-// What is found out about a kernel once per thread and device. num_sms is 0 where its module has no
-// code for the device's own instructions.
+// Set up a kernel on the current device, once. num_sms becomes 0 where its module has no code for
+// the device's own instructions.
 template <auto kKernel, int kThreads, int kSharedBytes>
 cudaError_t prepare_sm90_kernel(int& num_sms) {
   static_assert(kSharedBytes <= 227 * 1024, "more than a block may have");
-  thread_local int prepared_device = -1;
-  thread_local int prepared_sms = 0;
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (device != prepared_device) {
+  static thread_local PerDevice<int> prepared;
+  return prepared.get(num_sms, [](int device, int& sms) {
     cudaFuncAttributes attributes = {};
-    error = cudaFuncGetAttributes(&attributes, kKernel);
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kKernel);
+    sms = 0;
+    if (error != cudaSuccess || attributes.maxThreadsPerBlock < kThreads) return error;
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    int sms = 0;
-    if (attributes.maxThreadsPerBlock >= kThreads) {
-      error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-      if (error != cudaSuccess) return error;
-      error =
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      if (error != cudaSuccess) return error;
-    }
-    prepared_sms = sms;
-    prepared_device = device;
-  }
-  num_sms = prepared_sms;
-  return cudaSuccess;
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  });
 }
 
 template <class Traits>
@@ -72,7 +61,7 @@ struct ManyRowsSm90Kernel {
   // engine longer than the products take.
   static void set_maps(ManyRowsSm90Params& p, int64_t num_pages) {
     const AttentionParams& a = p.attention;
-    const bool is_ragged = a.pages.indices == nullptr && a.pages.block_table == nullptr;
+    const bool is_ragged = a.pages.is_ragged();
     int32_t tokens = Traits::kTokens < kMaxBoxTokens ? Traits::kTokens : kMaxBoxTokens;
     while (!is_ragged && a.pages.page_size % tokens != 0) tokens /= 2;
     if (tokens < kMinBoxTokens) return;
@@ -107,7 +96,7 @@ struct ManyRowsSm90Kernel {
     constexpr int64_t kBytes = sizeof(Kv);
     constexpr int64_t kParts = Tile::kBoxParts;
     const int64_t heads = a.num_kv_heads;
-    const bool is_ragged = a.pages.indices == nullptr && a.pages.block_table == nullptr;
+    const bool is_ragged = a.pages.is_ragged();
     // Ragged K and V are one page.
     const int64_t token = (is_ragged ? strides.page : strides.token) * kBytes;
     const int64_t page = is_ragged ? 0 : strides.page * kBytes;

@@ -83,9 +83,7 @@ class Sm90Loader {
   __device__ __forceinline__ static int warp() { return thread() / kWarpSize; }
   __device__ __forceinline__ static int lane() { return uint32_t(fresh_thread()) % kWarpSize; }
   __device__ __forceinline__ static bool is_finding() { return warp() == kFindingWarp; }
-  __device__ __forceinline__ bool is_ragged() const {
-    return p_.pages.indices == nullptr && p_.pages.block_table == nullptr;
-  }
+  __device__ __forceinline__ bool is_ragged() const { return p_.pages.is_ragged(); }
 
   // Find the unit for a place as soon as that is free and, so that it goes to the block that needs
   // it first, not long before the one at hand ends.

@@ -20,7 +20,8 @@ inline constexpr int kGroupThreads = 128;  // a warpgroup
 inline constexpr int kGroupRows = 64;      // rows of a wgmma
 inline constexpr int kMaxGroups = 3;       // that compute
 
-// Shared memory is filled in blocks of 8 rows by 64 columns, as wgmma_descriptor() wants them.
+// Shared memory is filled in blocks of 8 rows by 64 columns, as WgmmaMatrix (ptx/wgmma.cuh) wants
+// them.
 inline constexpr int kPartColumns = 64;
 using PartRows = SwizzledRows<kPartColumns * 2>;
 inline constexpr int kBlockRows = 8;

@@ -9,10 +9,6 @@
 
 namespace fi {
 
-// Grow a maximum only when weights would exceed 2^kManyRowsSlack: a weight may be above 1 as well
-// as below, and most tiles then leave O alone.
-inline constexpr float kManyRowsSlack = 8.f;
-
 inline constexpr float kLowestFloat = -3.402823466e38f;
 
 // Rows m, h of a lane are 16 * m + 8 * h + lane / 4 of its warp.
@@ -268,7 +264,7 @@ __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float sc
       }
       if constexpr (!kAsksLate) highest = max_over_row(highest);
       top[m][h] = highest * scale;
-      grows |= top[m][h] > rows.sums.max[m][h] + kManyRowsSlack;
+      grows |= top[m][h] > rows.sums.max[m][h] + kMaxSlack;
     }
   }
   if (!__any_sync(kFullWarp, grows)) return false;
@@ -279,7 +275,7 @@ __device__ __forceinline__ bool move_maxima(const ScoreTile<Traits>& s, float sc
       if constexpr (kAsksLate) top[m][h] = max_over_row(top[m][h]);
       const float old_max = rows.sums.max[m][h];
       // A row moves for its own sake alone: its bits must not depend on the rows beside it.
-      const bool moves = may_move(m, h) && top[m][h] > old_max + kManyRowsSlack;
+      const bool moves = may_move(m, h) && top[m][h] > old_max + kMaxSlack;
       const float new_max = moves ? top[m][h] : old_max;
       // A row that has seen no key keeps -inf: its factor, of nothing, is 1.
       const float factor = new_max == old_max ? 1.f : ptx::exp2_approx(old_max - new_max);

@@ -39,9 +39,8 @@ struct ManyRowsWalk {
 
   __device__ __forceinline__ static PlanView plan_of(const AttentionParams& p,
                                                      const WorkGeometry& g) {
-    // Only the counters are written, and in the end are what they were. Where its arrays lie is
-    // computed anew with every call: there are no registers to keep it in.
-    auto* buffer = const_cast<int32_t*>(p.plan);
+    // Where its arrays lie is computed anew with every call: there are no registers to keep it in.
+    int32_t* buffer = p.plan;
     asm volatile("" : "+l"(buffer));
     return view_plan(buffer, g.num_reqs, g.num_workers);
   }

@@ -8,9 +8,14 @@
 
 #include <fi_backend/attention/few_rows.cuh>
 #include <fi_backend/attention/many_rows_sm90.cuh>
-#include <fi_backend/attention/mixed_rows_trace.cuh>
 
 namespace fi {
+
+// What the kernel records of itself: nothing, in modules that serve.
+struct NoTrace {
+  __device__ __forceinline__ static void begin(int /*line*/) {}
+  __device__ __forceinline__ static void end(int /*line*/) {}
+};
 
 struct MixedRowsParams {
   ManyRowsSm90Params many;
@@ -74,7 +79,7 @@ __device__ __forceinline__ void leave_few_rows(const FewRowsParams& p, uint8_t* 
 }
 #endif
 
-// Grid: at most a CTA per SM. Trace: NoTrace, or what records when a block was at which line.
+// Grid: at most a CTA per SM. Trace: NoTrace, or BlockTracer (mixed_rows_trace.cuh).
 template <class Few, class Many, class Trace>
 __global__ void __launch_bounds__(kSm90LaunchBound<Many>, 1)
     mixed_rows_kernel(const __grid_constant__ MixedRowsParams params) {

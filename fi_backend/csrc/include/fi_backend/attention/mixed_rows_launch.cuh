@@ -9,21 +9,7 @@
 
 namespace fi {
 
-// What a kernel with this Trace recorded; see take_block_traces().
-inline cudaError_t take_traces(NoTrace, BlockTrace* /*traces*/, int /*num_blocks*/) {
-  return cudaErrorNotSupported;
-}
-inline cudaError_t take_traces(BlockTracer, BlockTrace* traces, int num_blocks) {
-  if (num_blocks > kMaxTracedBlocks) return cudaErrorInvalidValue;
-  const size_t bytes = num_blocks * sizeof(BlockTrace);
-  void* recorded = nullptr;
-  cudaError_t error = cudaGetSymbolAddress(&recorded, block_traces);
-  if (error == cudaSuccess) error = cudaMemcpy(traces, recorded, bytes, cudaMemcpyDeviceToHost);
-  if (error == cudaSuccess) error = cudaMemset(recorded, 0, bytes);
-  return error;
-}
-
-template <class Q, class Kv, class Out, int kQk, int kVo, class Variant, class Trace>
+template <class Q, class Kv, class Out, int kQk, int kVo, class Variant, class Trace = NoTrace>
 struct MixedRowsKernel {
   static_assert(kIsSame<Q, Kv> && has_mixed_rows_dims(kQk, kVo), "not served");
   // A block alone on an SM: the few-row instance for any number of rows.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <fi_backend/attention/mixed_rows_trace.h>
 #include <fi_backend/attention/params.h>
 
 namespace fi {
@@ -24,8 +23,5 @@ cudaError_t launch_mixed_rows(const AttentionParams& params, const MixedRowsLaun
 
 // True if the module has code for the current device.
 cudaError_t has_mixed_rows(bool& result);
-
-// Of a module that traces: copy what the last launch recorded, and forget it.
-cudaError_t take_block_traces(BlockTrace* traces, int num_blocks);
 
 }  // namespace fi

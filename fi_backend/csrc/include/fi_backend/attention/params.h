@@ -30,8 +30,8 @@ struct AttentionParams {
   const void* v_cache;       // [num_pages, page_size, num_kv_heads, head_dim_vo]
   void* out;                 // [num_rows, num_qo_heads, head_dim_vo]; rows of no request stay as is
   float* lse;                // [num_rows, num_qo_heads], base 2; nullptr if unwanted
-  const int32_t* plan;       // see PlanView
-  float* partials;           // workspace, see attention/workspace.h
+  int32_t* plan;             // see PlanView; a run uses its counters, and leaves them 0
+  float* partials;           // workspace, see PartialArea, ManyRowsPartials and cpu/scratch.h
   const int32_t* qo_indptr;  // [num_reqs + 1], as planned
   const int32_t* kv_lens;    // [num_reqs], as planned
   const int32_t* q_rows;     // [num_rows] of out, row of q for each; nullptr = the same

@@ -1,5 +1,5 @@
 // Conversions between fp32 and the storage types of device code. dtypes.h is the host counterpart;
-// both give the same bits.
+// both give the same bits, but for the sign and payload of a NaN.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -168,20 +168,6 @@ inline float reduce_add(VecF v) {
   return lanes[0];
 #endif
 }
-inline float reduce_max(VecF v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      if (lanes[i + width] > lanes[i]) lanes[i] = lanes[i + width];
-    }
-  }
-  return lanes[0];
-#endif
-}
 
 // 2^x to 2 ulp. exp2(-inf) = 0, results below the smallest normal flush to 0, NaN stays NaN.
 inline VecF exp2(VecF x) {

@@ -19,11 +19,18 @@ struct PageTable {
   int32_t page_size;           // tokens per page, any value >= 1
   bool request_rows_is_int64;
 
+  FI_HOST_DEVICE bool is_ragged() const { return indices == nullptr && block_table == nullptr; }
+
   // Of block_table.
   FI_HOST_DEVICE int64_t row_of(int32_t request) const {
     if (request_rows == nullptr) return request;
     return request_rows_is_int64 ? static_cast<const int64_t*>(request_rows)[request]
                                  : static_cast<const int32_t*>(request_rows)[request];
+  }
+
+  // Where its pages begin in indices, or in block_table.
+  FI_HOST_DEVICE int64_t first_page_of(int32_t request) const {
+    return indices != nullptr ? indptr[request] : row_of(request) * row_stride;
   }
 
   FI_HOST_DEVICE const int32_t* pages_of(int32_t request) const {

@@ -1,15 +1,15 @@
-// The cuts of a line (item_cuts.h), found by one block.
+// The cuts of a line (item_cuts.h), found by a team of threads.
 #pragma once
 
 #include <fi_backend/plan/item_cuts.h>
 
-#include <fi_backend/common/reduce.cuh>
+#include <fi_backend/plan/plan_team.cuh>
 
 namespace fi {
 
 inline constexpr int kCutWords = (kMaxWorkers + 1) / kWarpSize;
 
-// Scratch of a block: a bit for each start of the line, see CutFlags; and the starts, if they fit.
+// Scratch of a team: a bit for each start of the line, see CutFlags; and the starts, if they fit.
 struct CutMemory {
   uint32_t first[kCutWords];
   uint32_t last[kCutWords];
@@ -70,29 +70,30 @@ __device__ __forceinline__ ItemCut find_cut(const CutMemory& memory, int32_t wor
   return {first_cut - 1, rank, 1 + rank + later, 0};
 }
 
-// Write what plan_cuts() writes. All threads call this, after a barrier behind `starts`, which are
-// in shared or in global memory.
-__device__ __forceinline__ void write_cuts(const LinePosition* starts, int32_t num_workers,
-                                           CutMemory& memory, ItemCut* cuts) {
+// Write what plan_cuts() writes. All threads of the team call this, after a barrier behind
+// `starts`, which are in shared or in global memory.
+template <class Team>
+__device__ __forceinline__ void write_cuts(const Team& team, const LinePosition* starts,
+                                           int32_t num_workers, CutMemory& memory, ItemCut* cuts) {
   FI_NO_UNROLL
-  for (int32_t base = 0; base <= num_workers; base += blockDim.x) {
-    const int32_t w = base + int32_t(threadIdx.x);
+  for (int32_t base = 0; base <= num_workers; base += team.num_threads()) {
+    const int32_t w = base + int32_t(team.thread());
     CutFlags flags = {false, false, false};
     if (w <= num_workers) flags = cut_flags(starts, w);
     const uint32_t first = __ballot_sync(kFullWarp, flags.is_first);
     const uint32_t last = __ballot_sync(kFullWarp, flags.is_last);
     const uint32_t fresh = __ballot_sync(kFullWarp, flags.is_new);
-    if (threadIdx.x % kWarpSize == 0 && w <= num_workers) {
+    if (team.thread() % kWarpSize == 0 && w <= num_workers) {
       memory.first[w / kWarpSize] = first;
       memory.last[w / kWarpSize] = last;
       memory.fresh[w / kWarpSize] = fresh;
     }
   }
-  __syncthreads();
+  team.sync();
   const int32_t num_words = num_workers / kWarpSize + 1;
   FI_NO_UNROLL
-  for (int32_t base = 0; base <= num_workers; base += blockDim.x) {
-    const int32_t w = base + int32_t(threadIdx.x);
+  for (int32_t base = 0; base <= num_workers; base += team.num_threads()) {
+    const int32_t w = base + int32_t(team.thread());
     const int32_t word = w / kWarpSize;
     if (word >= num_words) break;
     const ItemCut inside = find_cut(memory, word, num_words);

@@ -1,8 +1,8 @@
 // The planner on the device: writes the bytes that plan_work() of host_plan.h writes.
 //
 // The launch depends on capacities alone and the lengths are read on the device, so that a captured
-// plan can be replayed with other lengths. One block plans one line: a prefix sum over the costs of
-// its requests, then each thread finds where workers begin.
+// plan can be replayed with other lengths. A block, or a part of one, plans one line: a prefix sum
+// over the costs of its requests, then each thread finds where workers begin.
 #pragma once
 
 #include <fi_backend/plan/device_plan_params.h>
@@ -59,40 +59,43 @@ __device__ __forceinline__ int64_t max_over_warp(int64_t x) {
 }
 
 // Count the query tiles of the requests before each one. All threads call this.
-__device__ __forceinline__ void count_tiles(const PlannedBatch& p, PlanMemory& memory,
-                                            int64_t* tiles_before) {
+template <class Team>
+__device__ __forceinline__ void count_tiles(const Team& team, const PlannedBatch& p,
+                                            PlanMemory& memory, int64_t* tiles_before) {
   const WorkGeometry& g = p.geometry;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int num_warps = blockDim.x / kWarpSize;
+  const int lane = team.thread() % kWarpSize;
+  const int warp = team.thread() / kWarpSize;
+  const int num_warps = team.num_threads() / kWarpSize;
   int64_t before = 0;
   FI_NO_UNROLL
-  for (int32_t first = 0; first < g.num_reqs; first += blockDim.x) {
-    const int32_t r = first + int32_t(threadIdx.x);
+  for (int32_t first = 0; first < g.num_reqs; first += team.num_threads()) {
+    const int32_t r = first + int32_t(team.thread());
     const int32_t qo_len = request_span(p.qo_indptr, p.kv_lens, g.num_reqs, r).qo_len;
     const int64_t through = scan_over_warp(num_q_tiles(g, kManyRows, qo_len), lane);
     if (lane == kWarpSize - 1) memory.warp_tiles[warp] = through;
-    __syncthreads();
+    team.sync();
     const int64_t of_lane = lane < num_warps ? memory.warp_tiles[lane] : 0;
     const int64_t of_warps = sum_over_warp(lane < warp ? of_lane : 0);
     if (r < g.num_reqs) tiles_before[r + 1] = before + of_warps + through;
     before += sum_over_warp(of_lane);
-    __syncthreads();
+    team.sync();
   }
 }
 
-template <int kLine>
-__device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& memory) {
+// All threads of the team call this.
+template <int kLine, class Team>
+__device__ __forceinline__ void plan_line(const Team& team, const PlannedBatch& p,
+                                          PlanMemory& memory) {
   const WorkGeometry& g = p.geometry;
   const PlanView plan = view_plan(p.plan, g.num_reqs, g.num_workers);
   int64_t* prefix = plan.prefix_cost[kLine];
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int num_warps = blockDim.x / kWarpSize;
+  const int lane = team.thread() % kWarpSize;
+  const int warp = team.thread() / kWarpSize;
+  const int num_warps = team.num_threads() / kWarpSize;
 
   // Scan the costs of each warp's requests, a whole number of rounds of 32 neighbours. The lengths
   // of a round are loaded while the round before is computed.
-  const int32_t num_rounds = (g.num_reqs + blockDim.x - 1) / blockDim.x;
+  const int32_t num_rounds = (g.num_reqs + team.num_threads() - 1) / team.num_threads();
   const int32_t begin = min(warp * num_rounds * kWarpSize, g.num_reqs);
   const int32_t end = min(begin + num_rounds * kWarpSize, g.num_reqs);
   const auto load_span = [&](int32_t r) { return request_span(p.qo_indptr, p.kv_lens, end, r); };
@@ -147,7 +150,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
       memory.warp_longest[warp] = whole.longest;
     }
   }
-  __syncthreads();
+  team.sync();
   const int64_t of_lane = lane < num_warps ? memory.warp_cost[lane] : 0;
   int64_t total = sum_over_warp(of_lane);
   const int64_t before = sum_over_warp(lane < warp ? of_lane : 0);
@@ -184,7 +187,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
       memory.samples[next / sample_stride] = cost;
     }
   }
-  if (threadIdx.x == 0) {
+  if (team.thread() == 0) {
     prefix[0] = 0;
     memory.samples[0] = 0;
     plan.has_work[kLine] = has_work;
@@ -194,9 +197,9 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
       *plan.num_parts = 1;
     }
   }
-  __syncthreads();
+  team.sync();
   if (has_work == kWholeItems) {
-    count_tiles(p, memory, prefix);
+    count_tiles(team, p, memory, prefix);
     total = 0;  // to be cut
   }
 
@@ -205,7 +208,7 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
   const int32_t num_samples =
       sample_stride == 1 ? g.num_reqs : (g.num_reqs + sample_stride - 1) / sample_stride;
   FI_NO_UNROLL
-  for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
+  for (int32_t w = team.thread(); w <= g.num_workers; w += team.num_threads()) {
     plan.finished[kLine][w] = 0;
     const int64_t at = w < active ? worker_cost(total, active, w) : total;
     const auto keep = [&](const LinePosition& start) {
@@ -223,9 +226,9 @@ __device__ __forceinline__ void plan_line(const PlannedBatch& p, PlanMemory& mem
     };
     keep(plan_start(g, kLine, r, find_span(r), find_span(r + 1), at - cost_before, w, plan));
   }
-  __syncthreads();
-  write_cuts(keeps_starts ? memory.cuts.starts : plan.starts[kLine], g.num_workers, memory.cuts,
-             plan.cuts[kLine]);
+  team.sync();
+  write_cuts(team, keeps_starts ? memory.cuts.starts : plan.starts[kLine], g.num_workers,
+             memory.cuts, plan.cuts[kLine]);
 }
 
 // Grid: kNumLines blocks of whole warps, up to kPlanMaxThreads.
@@ -236,9 +239,9 @@ __global__ void __launch_bounds__(kPlanMaxThreads, 1)
   ptx::grid_dependency_launch();
   __shared__ PlanMemory memory;
   if (blockIdx.x == kFewRows) {
-    plan_line<kFewRows>(p.batch, memory);
+    plan_line<kFewRows>(WholeBlock(), p.batch, memory);
   } else {
-    plan_line<kManyRows>(p.batch, memory);
+    plan_line<kManyRows>(WholeBlock(), p.batch, memory);
   }
 }
 

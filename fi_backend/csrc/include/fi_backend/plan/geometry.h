@@ -15,7 +15,8 @@ constexpr int kFewRows = 0;   // line of requests with at most few_rows_limit pa
 constexpr int kManyRows = 1;  // line of all other requests
 constexpr int kNumLines = 2;
 
-// What the planner knows besides lengths. Stored at the head of the plan; run checks it.
+// What the planner knows besides lengths. Stored at the head of the plan, where a run on the CPU
+// checks it; on a GPU nobody can.
 struct WorkGeometry {
   int32_t num_reqs;
   int32_t num_kv_heads;
@@ -32,7 +33,8 @@ struct WorkGeometry {
   int32_t blocks_per_sm;     // of the few-row kernel, for few rows; 0 = all workers are active
   int32_t section_tokens;    // whose K and V, of one head, fit the L2 cache; see whole_item()
   int32_t shares_sms;        // 0 or 1: one kernel runs both lines, see shared_sms.h
-  int32_t kept_states;       // of rows, room for those of all parts of items; 0 = parts are merged
+  int32_t kept_states;       // of rows of groups, room for those of all parts of items; -1 = their
+                             // parts are merged; 0 = this is no batch of groups (group_rows.h)
 };
 
 struct RequestLens {
@@ -45,8 +47,7 @@ struct RequestSpan {
   int32_t qo_begin;
   int32_t qo_len;
   int32_t kv_len;
-  int32_t first_page;  // kv_len counts from there on: others attend to the pages
-                       // before
+  int32_t first_page;  // kv_len counts from there on: others attend to the pages before
 };
 
 struct KvRange {
@@ -60,8 +61,9 @@ FI_HOST_DEVICE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // a >= 0, b > 0.
 FI_HOST_DEVICE int64_t ceil_div64(int64_t a, int64_t b) { return divide_index(a + b - 1, b).quot; }
 
-// Lengths of a request. What no engine means is empty: a kernel cannot refuse it, for nobody reads
-// lengths that live on the device, and must neither fault on it nor run for ever.
+// Lengths of a request; those that are negative or decrease qo_indptr are empty. A kernel cannot
+// refuse them, for nobody reads lengths that live on the device, and must not run for ever. Lengths
+// beyond what q or a page table have are not noticed.
 FI_HOST_DEVICE RequestLens make_request_lens(int32_t first_row, int32_t end_row, int32_t kv_len) {
   return {first_row < 0 || end_row < first_row ? 0 : end_row - first_row, kv_len < 0 ? 0 : kv_len};
 }

@@ -2,6 +2,7 @@
 // one locate per worker.
 #pragma once
 
+#include <fi_backend/plan/group_rows.h>
 #include <fi_backend/plan/item_cuts.h>
 #include <fi_backend/plan/kept_parts.h>
 #include <fi_backend/plan/shared_sms.h>
@@ -37,7 +38,9 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     items.num_heads = load.num_requests * geometry.num_kv_heads;
     const int32_t sharing = num_sharing_blocks(geometry, line, load);
     int32_t active = active_workers(geometry, line, load, sharing);
-    if (line == kManyRows) active = kept_part_workers(geometry, items, load.num_rows, active);
+    if (line == kManyRows && geometry.kept_states > 0) {
+      active = kept_part_workers(geometry, items, load.num_rows, active);
+    }
     plan.has_work[line] = total > 0 ? kCutLine : kNoWork;
     if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load, sharing);
     if (line == kManyRows && deals_whole_items(geometry, items, active)) {
@@ -64,10 +67,12 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     plan_cuts(plan.starts[line], geometry.num_workers, plan.cuts[line]);
   }
   *plan.num_parts = 1;
+  if (geometry.kept_states == 0) return;
   for (int32_t w = 0; geometry.kept_states > 0 && w <= geometry.num_workers; ++w) {
     const int32_t holders = plan.cuts[kManyRows][w].num_holders;
     if (holders > *plan.num_parts) *plan.num_parts = holders;
   }
+  *plan.num_parts *= group_rows(qo_indptr, geometry.num_reqs).num_levels;
 }
 
 }  // namespace fi

@@ -1,9 +1,11 @@
 // The search for shared prefixes on the host, one thread.
 #pragma once
 
-#include <fi_backend/plan/shared_prefix.h>
+#include <fi_backend/plan/prefix_groups.h>
 
+#include <algorithm>
 #include <memory>
+#include <numeric>
 
 namespace fi {
 
@@ -12,6 +14,11 @@ struct OneThread {
   template <class Fn>
   void for_each(int32_t count, const Fn& fn) const {
     for (int32_t i = 0; i < count; ++i) fn(i);
+  }
+  void sort(uint64_t* keys, int32_t count) const { std::sort(keys, keys + count); }
+  void sums_before(uint64_t* values, int32_t count) const {
+    values[count] = 0;
+    std::exclusive_scan(values, values + count + 1, values, uint64_t{0});
   }
   template <class T>
   void add_into(T& sum, T x) const {

@@ -2,7 +2,7 @@
 // finds. Blocks take requests in turn; each block looks at all requests first.
 #pragma once
 
-#include <fi_backend/plan/shared_prefix.h>
+#include <fi_backend/plan/prefix_groups.h>
 
 #include <fi_backend/common/reduce.cuh>
 
@@ -29,13 +29,60 @@ struct BlockTeam {
   __device__ __forceinline__ void max_into(int32_t& largest, int32_t x) const {
     atomicMax(&largest, x);
   }
-  // Most threads of a warp say the same of the same group: one of them is enough.
   __device__ __forceinline__ void max_into(uint64_t& largest, uint64_t x) const {
-    const unsigned active = __activemask();
-    const unsigned same = __match_any_sync(active, x) &
-                          __match_any_sync(active, reinterpret_cast<uintptr_t>(&largest));
-    if (__ffs(int(same)) - 1 != int(threadIdx.x % kWarpSize)) return;
     atomicMax(reinterpret_cast<unsigned long long*>(&largest), static_cast<unsigned long long>(x));
+  }
+
+  // Sort in place by a bitonic network; `keys` has room for the next power of two. A warp's threads
+  // look at 64 keys that are theirs alone while those that are compared are no further apart.
+  __device__ __forceinline__ void sort(uint64_t* keys, int32_t count) const {
+    const int32_t size = count < 2 ? 1 : 1 << (kWarpSize - __clz(count - 1));
+    for_each(size - count, [&](int32_t i) { keys[count + i] = ~uint64_t{0}; });
+    FI_NO_UNROLL
+    for (int32_t ordered = 2; ordered <= size; ordered *= 2) {
+      FI_NO_UNROLL
+      for (int32_t apart = ordered / 2; apart > 0; apart /= 2) {
+        for (int32_t i = threadIdx.x; i < size / 2; i += blockDim.x) {
+          const int32_t low = 2 * i - (i & (apart - 1));
+          const uint64_t a = keys[low], b = keys[low + apart];
+          const bool ascends = (low & ordered) == 0;
+          if ((a > b) != ascends) continue;
+          keys[low] = b;
+          keys[low + apart] = a;
+        }
+        const int32_t next = apart > 1 ? apart / 2 : ordered;
+        if (max(apart, next) > kWarpSize) {
+          __syncthreads();
+        } else {
+          __syncwarp();
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Replace values by the sums of those before each; values[count] gets the sum of all.
+  __device__ __forceinline__ void sums_before(uint64_t* values, int32_t count) const {
+    if (threadIdx.x < kWarpSize) {
+      const int32_t each = (count + kWarpSize - 1) / kWarpSize;
+      const int32_t begin = min(int32_t(threadIdx.x) * each, count);
+      const int32_t end = min(begin + each, count);
+      uint64_t sum = 0;
+      for (int32_t i = begin; i < end; ++i) sum += values[i];
+      uint64_t through = sum;
+      for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const uint64_t before = __shfl_up_sync(kFullWarp, through, offset);
+        if (threadIdx.x >= offset) through += before;
+      }
+      uint64_t before = through - sum;
+      for (int32_t i = begin; i < end; ++i) {
+        const uint64_t value = values[i];
+        values[i] = before;
+        before += value;
+      }
+      if (threadIdx.x == kWarpSize - 1) values[count] = before;
+    }
+    __syncthreads();
   }
 };
 

@@ -54,14 +54,16 @@ FI_HOST_DEVICE int32_t legal_cut(const WorkGeometry& g, int line, int32_t num_to
   return static_cast<int32_t>(cut);
 }
 
-// The plan's arrays in its int32 buffer, which is aligned to 8 bytes. Workers own neighbouring
-// pieces of a line: starts[line][w] is where worker w begins, starts[line][num_workers] the end.
-// Starts, cuts and spans are 16 bytes each, and as well aligned as the buffer up to that.
+// Of a plan's buffer, in bytes: the size of a start, cut or span, each of which can be one load.
+constexpr int64_t kPlanAlignment = 16;
+
+// The plan's arrays in its int32 buffer. Workers own neighbouring pieces of a line: starts[line][w]
+// is where worker w begins, starts[line][num_workers] the end.
 struct PlanView {
   WorkGeometry* geometry;
   int32_t* has_work;                // [kNumLines], 0 if the line has no item; see whole_items.h
   int32_t* few_row_blocks;          // [1], see few_row_blocks()
-  int32_t* num_parts;               // [1], most parts of an item where they are kept (kept_parts.h)
+  int32_t* num_parts;               // [1], states of a row of groups (group_rows.h); 1 of others
   int64_t* prefix_cost[kNumLines];  // [num_reqs + 1], cost of the line's requests before r
   LinePosition* starts[kNumLines];  // [num_workers + 1]
   ItemCut* cuts[kNumLines];         // [num_workers + 1]; {w, 0, 1} where w begins at an item's edge

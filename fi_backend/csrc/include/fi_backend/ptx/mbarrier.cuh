@@ -45,21 +45,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint32_t barrier, i
                : "memory");
 }
 
-// True if the phase of this parity is over; waits for nothing.
-__device__ __forceinline__ bool mbarrier_is_over(uint32_t barrier, uint32_t parity) {
-  uint32_t is_over;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(is_over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return is_over;
-}
-
 // Wait until the phase of this parity is over.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t is_over;

@@ -5,6 +5,9 @@
 #include <fi_backend/attention/cpu/query_tile.h>
 #include <fi_backend/attention/cpu/scores.h>
 #include <fi_backend/attention/cpu/variant_scores.h>
+#include <fi_backend/plan/group_rows.h>
+
+#include <cassert>
 
 namespace fi::cpu {
 
@@ -24,6 +27,7 @@ class Attend {
     o_ = scratch.take<float>(int64_t{kStateRows} * Shape::kColumns);
     scores_ = scratch.take<float>(int64_t{Shape::kKeys + kKeyPadding} * kMaxWidth);
     auto* angles = scratch.take<RotaryAngles<Shape::kQk>>(1);
+    assert(scratch.num_taken() <= scratch_floats(Shape::kQk, Shape::kVo));
     if (params.rope_theta != 0.0f) {
       angles->init(params.rope_scale, params.rope_theta);
       angles_ = angles;
@@ -110,7 +114,7 @@ class Attend {
     if (params_.first_pages != nullptr && params_.first_pages[piece_.request] > 0) merge_prior();
     for (int row = 0; row < piece_.num_rows; ++row) {
       const PackedRow& packed = queries_.packed_row(row);
-      const int64_t token = int64_t{piece_.qo_begin} + packed.token;
+      const int64_t token = output_row(piece_.qo_begin + packed.token);
       float* lse = params_.lse == nullptr ? nullptr
                                           : params_.lse + token * params_.lse_row_stride +
                                                 packed.head * params_.lse_head_stride;
@@ -133,6 +137,12 @@ class Attend {
   static constexpr int kMaxWidth =
       Shape::kLine == kFewRows ? std::max<int>(kFewRowsLimit, kLanes) : kBlockRows;
   static constexpr int kPartialSize = Shape::kVo + kPartialTail;
+
+  // Where a row goes in out and lse.
+  int64_t output_row(int32_t row) const {
+    if (params_.q_rows == nullptr) return row;
+    return state_range(params_.plan, params_.qo_indptr, row).begin;
+  }
 
   // Add the states over the keys that come before the piece's own.
   void merge_prior() {

@@ -11,19 +11,31 @@ namespace fi::cpu {
 
 constexpr int64_t kMinMergeRows = 64;  // (row, head) pairs below which another thread costs more
 
+// Max that keeps NaN, so that a broken state shows in the result.
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+// 2^(lse - top), where a top of -inf means that all states are empty.
+inline float state_weight(float lse, float top) {
+  return lse == -INFINITY ? 0.0f : std::exp2(lse - top);
+}
+
+inline float merged_lse(float top, float weight_sum) {
+  return weight_sum == 0 ? -INFINITY : top + std::log2(weight_sum);
+}
+
 // Weights of two states, relative to the merged one; both 0 where both states are empty.
 struct MergeWeights {
   float a;
   float b;
   float lse;
 
-  MergeWeights(float lse_a, float lse_b) : a(0), b(0), lse(-INFINITY) {
-    const float top = lse_a > lse_b ? lse_a : lse_b;
-    if (top == -INFINITY) return;
-    a = std::exp2(lse_a - top);
-    b = std::exp2(lse_b - top);
+  MergeWeights(float lse_a, float lse_b) {
+    const float top = max_or_nan(lse_a, lse_b);
+    a = state_weight(lse_a, top);
+    b = state_weight(lse_b, top);
     const float sum = a + b;
-    lse = top + std::log2(sum);
+    lse = merged_lse(top, sum);
+    if (sum == 0) return;
     a /= sum;
     b /= sum;
   }
@@ -73,27 +85,25 @@ void merge_states(const MergeStatesParams& params, int num_threads) {
           const float* lse = params.lse + row * si.lse_row + head * si.lse_head;
           float top = -INFINITY;
           for (int s = 0; s < params.num_states; ++s) {
-            const float one = lse[s * params.lse_state_stride];
-            if (one > top) top = one;
+            top = max_or_nan(top, lse[s * params.lse_state_stride]);
           }
-          const float base = top == -INFINITY ? 0.0f : top;
           float sum = 0;
           for (int s = 0; s < params.num_states; ++s) {
-            sum += std::exp2(lse[s * params.lse_state_stride] - base);
+            sum += state_weight(lse[s * params.lse_state_stride], top);
           }
           const In* v = static_cast<const In*>(params.v) + row * si.v_row + head * si.v_head;
           Out* out = static_cast<Out*>(params.v_out) + row * so.v_row + head * so.v_head;
           for_each_vector(params.head_dim, [&](int d, int n) {
             VecF merged{};
             for (int s = 0; s < params.num_states; ++s) {
-              const float weight = std::exp2(lse[s * params.lse_state_stride] - base) / sum;
-              if (sum > 0) merged += weigh(weight, load_some(v + s * params.v_state_stride + d, n));
+              if (sum == 0) break;
+              const float weight = state_weight(lse[s * params.lse_state_stride], top) / sum;
+              merged += weigh(weight, load_some(v + s * params.v_state_stride + d, n));
             }
             store_some(out + d, merged, n);
           });
           if (params.lse_out != nullptr) {
-            params.lse_out[row * so.lse_row + head * so.lse_head] =
-                top + (sum > 0 ? std::log2(sum) : 0);
+            params.lse_out[row * so.lse_row + head * so.lse_head] = merged_lse(top, sum);
           }
         }
       });

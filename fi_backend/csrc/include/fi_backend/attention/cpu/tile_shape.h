@@ -2,7 +2,7 @@
 #pragma once
 
 #include <fi_backend/attention/cpu/compute.h>
-#include <fi_backend/attention/workspace.h>
+#include <fi_backend/attention/cpu/scratch.h>
 
 namespace fi::cpu {
 
