@@ -149,7 +149,7 @@ def vllm_server(
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Return arguments of vllm.LLM as they are written on a command line."""
+    """Return an engine's arguments as they are written on a command line."""
     found = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")

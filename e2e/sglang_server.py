@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e.server import Api, Server
+from e2e.server import Api, Server, flags
 from e2e.sglang_served import engine_environment
 from e2e.sglang_throughput import backends, engine_arguments
 from e2e.workloads import Model
@@ -49,13 +49,9 @@ def sglang_server(
         "random_seed": 0,
         **arguments,
     }
-    program = ["sglang.launch_server"]
-    for name, value in named.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:  # its flags have no opposite
-            program.append(flag)
-        elif value is not False:
-            program += [flag, str(value)]
+    # Its flags have no opposite.
+    asked = {name: value for name, value in named.items() if value is not False}
+    program = ["sglang.launch_server", *flags(asked)]
     return Server(program, SGLANG, log, engine_environment(environment))
 
 

@@ -6,12 +6,18 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ["CPU_ENVIRONMENT", "sglang_path"]
+__all__ = ["CPU_ARGUMENTS", "CPU_ENVIRONMENT", "sglang_path"]
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "FI_BACKEND_E2E_SGLANG_SITE"
 # SGLang names the CPU by a variable; of its kernels there is no CPU build, and none is called.
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
+# What its engine has to be told without a GPU.
+CPU_ARGUMENTS = {
+    "device": "cpu",
+    "disable_overlap_schedule": True,
+    "disable_cuda_graph": True,
+}
 
 
 def sglang_path() -> str:

@@ -28,6 +28,7 @@ import torch
 from e2e.conftest import FI_TINY
 from e2e.harness import ROOT
 from e2e.sglang_served import engine_environment
+from e2e.sglang_site import CPU_ARGUMENTS
 from e2e.soak import MAX_GROWN_BYTES, MOST_SECONDS, PROBE, Soak
 
 __all__ = ["PATIENCE_SECONDS", "main", "soak"]
@@ -99,14 +100,13 @@ def soak_here(minutes: float, backend: str, page_size: int) -> dict[str, Any]:
     from sglang.srt.entrypoints.engine import Engine
 
     on_gpu = torch.cuda.is_available()
-    eager = {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
     engine = Engine(
         model_path=str(FI_TINY),
         dtype="bfloat16" if on_gpu else "float32",
         attention_backend=backend,
         page_size=page_size,
         **_ENGINE,
-        **({} if on_gpu else eager),
+        **({} if on_gpu else CPU_ARGUMENTS),
     )
     result = SGLangSoak(engine).quarter_and_rest(minutes, _memory_bytes)
     engine.loop.run_until_complete(asyncio.sleep(2.0))  # idle: it looks for lost slots

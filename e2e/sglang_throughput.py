@@ -26,6 +26,7 @@ import torch
 from benchmarks.report import machine_name, results_path
 from e2e.served import Child
 from e2e.sglang_served import SGLang
+from e2e.sglang_site import CPU_ARGUMENTS
 from e2e.throughput import (
     OURS,
     Backend,
@@ -42,11 +43,9 @@ from e2e.workloads import Model
 __all__ = ["backends", "engine_arguments", "main"]
 
 _CPU_ENGINE = {
-    "device": "cpu",
+    **CPU_ARGUMENTS,
     "max_total_tokens": 32768,
     "max_running_requests": 32,
-    "disable_overlap_schedule": True,
-    "disable_cuda_graph": True,
 }
 _GPU_ENGINE = {
     "load_format": "dummy",

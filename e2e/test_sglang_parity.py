@@ -6,17 +6,15 @@ import pytest
 
 from e2e.conftest import FI_TINY, Models, fi_tiny_prompts
 from e2e.harness import Batch, Result, Task, assert_same_tokens, run_engines
-from e2e.sglang_site import CPU_ENVIRONMENT, sglang_path
+from e2e.sglang_site import CPU_ARGUMENTS, CPU_ENVIRONMENT, sglang_path
 
 pytestmark = pytest.mark.engine
 
 ENGINE = {
-    "device": "cpu",
+    **CPU_ARGUMENTS,
     "page_size": 1,
     "max_running_requests": 32,
     "mem_fraction_static": 0.3,
-    "disable_overlap_schedule": True,
-    "disable_cuda_graph": True,
 }
 ROOMY = {**ENGINE, "max_total_tokens": 16384}
 # Little room and few tokens a step: chunked prefill, mixed steps, reuse.

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from e2e.server import Server  # noqa: E402
 from e2e.sglang_server import sglang_server  # noqa: E402
+from e2e.sglang_site import CPU_ARGUMENTS  # noqa: E402
 
 MODEL = ROOT / "models/fi-tiny"
 SHOWN = (19, 24, 26)  # prompts whose text is streamed to the screen
@@ -64,10 +65,9 @@ def generate(server: Server, prompt: str, max_tokens: int, *, show: bool = False
 def serve(backend: str, log: Path) -> Iterator[Server]:
     """Run SGLang's server on a free port until the block ends."""
     on_gpu = torch.cuda.is_available()
-    eager = {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
-    arguments = {"max_total_tokens": 16384, "max_running_requests": 32}
+    arguments: dict[str, Any] = {"max_total_tokens": 16384, "max_running_requests": 32}
     if not on_gpu:
-        arguments |= eager
+        arguments |= CPU_ARGUMENTS
     server = sglang_server(MODEL, "bfloat16" if on_gpu else "float32", backend, arguments, log, {})
     try:
         server.wait()
