@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from fi_backend.kernels import attention_cuda
-from tests.kernels.attention_case import FP8, MASKS, Case, judge, make_inputs
+from tests.kernels.attention_case import (
+    FP8,
+    MASKS,
+    Case,
+    break_some,
+    judge,
+    judge_broken,
+    make_inputs,
+)
 from tests.kernels.attention_cuda_case import (
     Load,
     bits,
@@ -309,3 +317,11 @@ def test_errors_name_the_argument(load: Load) -> None:
     for change, error, message in bad:
         with pytest.raises(error, match=message):
             kernels.run(**{**good, **change})
+
+
+@pytest.mark.parametrize("num_workers", [1, 7, 132, 396])
+def test_nan_stays_visible(load: Load, num_workers: int) -> None:
+    case = replace(STEP, requests=((1, 700), (2, 300), (4, 20)), num_workers=num_workers)
+    inputs = make_inputs(case)
+    break_some(inputs, broken_from=18)
+    judge_broken(case, *run(load, case, inputs), broken_from=18)

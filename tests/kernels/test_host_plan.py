@@ -185,6 +185,11 @@ def test_a_long_request_is_planned_at_once() -> None:
         (1, (1024,) * 10, 132),
         (1, (4096,) * 8, 128),
         (5, (4096,) * 64, 132),
+        (1, (4096,) * 64, 256),
+        (1, (1024,) * 65, 260),
+        (1, (1024,) * 128, 396),
+        (1, (777,) * 25, 396),
+        (1, (*(4096,) * 63, 4000), 396),
         (1, (16,), 8),
         (1, (100,) * 17, 132),
         (1, (1024,) * 17, 396),
@@ -198,7 +203,8 @@ def test_thread_blocks_get_work_that_is_worth_a_merge(
 ) -> None:
     """One block an SM for few items or little work, otherwise three.
 
-    The merge of an item's pieces is a tail that nothing hides.
+    The merge of an item's pieces is a tail that nothing hides. Equal items are not cut where so
+    many whole ones for each of two blocks an SM leave few without work.
     """
     lens = (qo_len,) * len(kv_lens), kv_lens
     step = Step(*lens, 4, 8, True, -1, 396, 0, False, "cuda")

@@ -11,7 +11,7 @@ import torch
 from fi_backend import jit
 from fi_backend.kernels import attention_cuda, device_plan, mixed
 from fi_backend.kernels.attention_cuda import CudaLineKernels
-from tests.kernels.attention_case import MASKS, Case, judge, make_inputs
+from tests.kernels.attention_case import MASKS, Case, break_some, judge, judge_broken, make_inputs
 from tests.kernels.attention_cuda_case import (
     Load,
     bits,
@@ -238,3 +238,11 @@ def test_blocks_are_traced() -> None:
     assert (traces[:, 2] >= traces[:, 1]).all()
     assert (traces[:, 3] > 0).all()
     assert (traces[:, 4] >= traces[:, 3]).all()
+
+
+@pytest.mark.parametrize("num_workers", [1, 7, 396])
+def test_nan_stays_visible(load: Load, num_workers: int) -> None:
+    case = replace(STEP, requests=((1, 700), (300, 700), (4, 20)), num_workers=num_workers)
+    inputs = make_inputs(case)
+    break_some(inputs, broken_from=18)
+    judge_broken(case, *run(load, case, inputs), broken_from=18)

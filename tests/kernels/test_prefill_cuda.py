@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from fi_backend.kernels import attention_cuda
-from tests.kernels.attention_case import FP8, MASKS, Case, judge, make_inputs
+from tests.kernels.attention_case import (
+    FP8,
+    MASKS,
+    Case,
+    break_some,
+    judge,
+    judge_broken,
+    make_inputs,
+)
 from tests.kernels.attention_cuda_case import (
     Load,
     bits,
@@ -249,3 +257,11 @@ def test_same_bits_while_another_stream_disturbs(load: Load, split: int) -> None
     case = Case(((500, 3000), (33, 40), (90, 700)), 8, 2, 128, 128, q_dtype=BF16, num_workers=132)
     case = replace(case, split=split)
     check_same_bits_beside_noise(load, case)
+
+
+@pytest.mark.parametrize("num_workers", [1, 7, 396])
+def test_nan_stays_visible(load: Load, num_workers: int) -> None:
+    case = replace(STEP, requests=((70, 700), (40, 300), (90, 900)), num_workers=num_workers)
+    inputs = make_inputs(case)
+    break_some(inputs, broken_from=850)
+    judge_broken(case, *run(load, case, inputs), broken_from=850)

@@ -15,7 +15,7 @@ struct TileLimits {
   int32_t cut_tokens;
   int32_t min_piece_tokens;
   int32_t item_overhead;
-  int32_t blocks_per_sm;
+  int32_t teams_per_sm;
   int32_t section_tokens;
   int32_t shares_sms;
 };
@@ -38,7 +38,7 @@ inline TileLimits cuda_limits(int64_t head_dim_qk, int64_t head_dim_vo, bool sam
           64,
           64,
           16,
-          few_rows_blocks_per_sm(qk, vo),
+          few_rows_teams_per_sm(qk, vo),
           kSectionBytes / (kv_bytes * (qk + vo)),
           is_sm90 && same_types && has_mixed && has_mixed_rows_dims(qk, vo)};
 }
@@ -93,7 +93,7 @@ inline WorkGeometry make_geometry(const TensorView& plan_buffer, const TensorVie
   geometry.cut_tokens = limits.cut_tokens;
   geometry.min_piece_tokens = limits.min_piece_tokens;
   geometry.item_overhead = limits.item_overhead;
-  geometry.blocks_per_sm = limits.blocks_per_sm;
+  geometry.teams_per_sm = limits.teams_per_sm;
   geometry.section_tokens = limits.section_tokens;
   geometry.shares_sms = limits.shares_sms;
   geometry.kept_states = static_cast<int32_t>(kept_states);

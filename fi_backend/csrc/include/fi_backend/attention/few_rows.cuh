@@ -1,10 +1,11 @@
 // Attention of requests with few query rows: bound by reading K and V once.
 //
-// As many CTAs as are resident share the workers of the plan, mostly one each. A CTA computes the
-// units of its workers one after the other. One warp or two copy, through rings of stages; the
-// tiles of a stage are dealt to the other warps, each of which keeps its own softmax state. At the
-// end of a unit the states of the warps are merged in their order: the bits of a unit depend on
-// nothing but the unit.
+// A CTA fills an SM, with one team of warps or several that work each for itself: were they CTAs,
+// as they are before Hopper, some SMs would have more of those with work than others. All teams
+// share the workers of the plan, mostly one each, and compute the units of theirs one after the
+// other. One warp or two copy, through rings of stages; the tiles of a stage are dealt to the other
+// warps, each of which keeps its own softmax state. At the end of a unit the states of the warps
+// are merged in their order: the bits of a unit depend on nothing but the unit.
 #pragma once
 
 #include <fi_backend/attention/few_rows_copies.cuh>
@@ -44,14 +45,14 @@ class FewRowsCompute {
       LogitRow* rows = shared_.rows[place.slot % 2];
       prepare_queries<Traits>(p_.attention, shared_.geometry, unit, warp(), q, rows);
       rows_ = rows;
-      barrier();
+      compute_sync<Traits>();
       const int blocks = (unit.num_rows + kRowBlock - 1) / kRowBlock;
       if (Traits::kBlocksPerWarp == 1 || blocks <= Traits::kRowGroups + row_group()) {
         compute<1>(unit, q);
       } else {
         compute<Traits::kBlocksPerWarp>(unit, q);
       }
-      barrier();
+      compute_sync<Traits>();
       write_block(unit, blocks - 1);
       end_stage(kKeys, scratch_);
       if (!unit.is_whole_item && unit.ends_piece) finish_piece(unit);
@@ -64,9 +65,6 @@ class FewRowsCompute {
   // Among those that tiles are dealt to.
   __device__ __forceinline__ static int token_warp() { return warp() % kTokenWarps; }
   __device__ __forceinline__ static int row_group() { return warp() / kTokenWarps; }
-  __device__ __forceinline__ static void barrier() {
-    ptx::named_barrier_sync<Traits::kComputeThreads>(1);
-  }
 
   // All lanes are done with a slot.
   __device__ __forceinline__ static void arrive_as_warp(uint64_t& empty) {
@@ -140,9 +138,9 @@ class FewRowsCompute {
         softmax.store(n, shared_.states[token_warp()], scratch_values(token_warp()));
       }
       if ((block + 1) * kRowBlock >= unit.num_rows) return;
-      barrier();
+      compute_sync<Traits>();
       write_block(unit, block);
-      barrier();
+      compute_sync<Traits>();
     }
   }
 
@@ -197,10 +195,11 @@ class FewRowsCompute {
     return merged;
   }
 
+  __device__ __forceinline__ bool wants_lse() const { return p_.attention.lse != nullptr; }
   __device__ __forceinline__ void write_output(const WorkPiece& piece, const LogitRow& logit_row,
                                                int column, const RowPart& part) const {
     const RowResult result =
-        finish_row<Variant>(p_.attention, piece, logit_row, part.max, part.sum);
+        finish_row<Variant>(p_.attention, piece, logit_row, part.max, part.sum, wants_lse());
     const PieceVariant<Variant> variant(p_.attention, piece);
     const variants::Row row = variant.row(logit_row.qo_idx, logit_row.head);
     const float4& x = part.values;
@@ -229,7 +228,7 @@ class FewRowsCompute {
   // The last worker to finish its piece of an item merges them all.
   __device__ __forceinline__ void finish_piece(const FewRowsUnit& unit) const {
     const ItemPartials& item = unit.partials;
-    barrier();
+    compute_sync<Traits>();
     if (threadIdx.x == 0) {
       // Between two barriers, this orders all partials of the item before the merge, across CTAs.
       // The last count leaves 0 for the next launch.
@@ -237,7 +236,7 @@ class FewRowsCompute {
       int32_t* finished = p_.finished + item.first_holder;
       shared_.is_last = last == 0 || ptx::atomic_count_acq_rel(finished, last) == last;
     }
-    barrier();
+    compute_sync<Traits>();
     if (!shared_.is_last) return;
 #pragma unroll 1
     for (int row = warp(); row < unit.piece.num_rows; row += 2 * Traits::kComputeWarps) {
@@ -251,13 +250,16 @@ class FewRowsCompute {
     const PieceVariant<Variant> variant(p_.attention, piece);
     PairMerge<Traits> merge(p_.attention.partials, unit.partials, first, second,
                             second < piece.num_rows);
-    const int row = merge.row();
-    const LogitRow logit_row = row >= unit.first_row
-                                   ? rows_[row - unit.first_row]
-                                   : item_row(p_.attention, shared_.geometry, piece, row);
+    LogitRow logit_row;
     merge.run(
+        [&] {
+          const int row = merge.row();
+          logit_row = row >= unit.first_row ? rows_[row - unit.first_row]
+                                            : item_row(p_.attention, shared_.geometry, piece, row);
+        },
         [&](float max, float sum) {
-          const RowResult result = finish_row<Variant>(p_.attention, piece, logit_row, max, sum);
+          const RowResult result =
+              finish_row<Variant>(p_.attention, piece, logit_row, max, sum, wants_lse());
           if (merge.lane() % PairMerge<Traits>::kHalf == 0) {
             write_lse(variant.row(logit_row.qo_idx, logit_row.head), result.lse);
           }
@@ -290,11 +292,10 @@ __device__ __forceinline__ void init_slots(SlotBarriers* slots, int count, int f
   }
 }
 
-// The work of thread block `block` of num_blocks, done by its first Traits::kThreads threads. If it
-// has more, they must pass one __syncthreads().
+// The work of team `index` of `count` in the grid, done by the first Traits::kThreads threads in x.
 template <class Traits>
 __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* shared_memory,
-                                             int32_t block, int32_t num_blocks) {
+                                             int32_t index, int32_t count) {
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
   const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
@@ -308,18 +309,23 @@ __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* sh
   }
   ptx::grid_dependency_wait();
   if (threadIdx.x < Traits::kComputeThreads) {
-    __syncthreads();  // the other warp begins with loads
+    team_sync<Traits>();  // the other warps begin with loads
     FewRowsCompute<Traits>(p, shared, rings).run();
   } else {
-    FewRowsCopies<Traits>(p, shared, rings).run(block, num_blocks);
+    FewRowsCopies<Traits>(p, shared, rings).run(index, count);
   }
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kThreads*(kTeamsAreOneCta ? Traits::kTeams : 1),
+                                  kTeamsAreOneCta ? 1 : Traits::kTeams)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
-  run_few_rows<Traits>(p, shared_memory, blockIdx.x, gridDim.x);
+  const int team_bytes = int(sizeof(FewRowsShared<Traits>)) + p.num_stages * Traits::kStageBytes;
+  // Teams of an SM are far apart in the line of work: the first workers have an SM each.
+  run_few_rows<Traits>(p, shared_memory + team<Traits>() * team_bytes,
+                       int32_t(blockIdx.x + team<Traits>() * gridDim.x),
+                       int32_t(gridDim.x * blockDim.y));
 }
 
 }  // namespace fi

@@ -34,17 +34,17 @@ class FewRowsCopies {
   __device__ __forceinline__ FewRowsCopies(const FewRowsParams& p, Shared& shared, uint32_t rings)
       : p_(p), a_(p.attention), shared_(shared), rings_(rings) {}
 
-  // Thread block `block` of the num_blocks that share the workers.
-  __device__ __forceinline__ void run(int32_t block, int32_t num_blocks) {
+  // Team `index` of the `count` that share the workers.
+  __device__ __forceinline__ void run(int32_t index, int32_t count) {
     constexpr int kGeometryInts = sizeof(WorkGeometry) / sizeof(int32_t);
     if (copies_units() && lane() < kGeometryInts) {
       reinterpret_cast<int32_t*>(&shared_.geometry)[lane()] =
           reinterpret_cast<const int32_t*>(p_.geometry)[lane()];
     }
     const WorkGeometry g = *p_.geometry;
-    int32_t worker = block;
+    int32_t worker = index;
     WorkerRange range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
-    __syncthreads();  // behind the barriers' set-up, which need not be done before
+    team_sync<Traits>();  // behind the barriers' set-up, which need not be done before
     if (g.split > 0 && p_.partials.chunks < kMaxChunks) __trap();
 #pragma unroll 1
     while (true) {
@@ -52,7 +52,7 @@ class FewRowsCopies {
                       a_.first_pages);
 #pragma unroll 1
       while (units.next()) copy_unit(g, units);
-      worker += num_blocks;
+      worker += count;
       if (worker >= p_.num_workers) break;
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
     }

@@ -12,7 +12,8 @@ namespace fi {
 // How the kernel runs on a device.
 struct FewRowsSetup {
   FewRowsShape shape;
-  int64_t resident_ctas;
+  int64_t num_sms;
+  bool teams_are_one_cta;  // in the code that was compiled for the device
 };
 
 // Set up the kernel on a device.
@@ -27,10 +28,15 @@ cudaError_t set_up_few_rows(int device, FewRowsSetup& setup) {
   error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   setup.shape = few_rows_shape<Traits>(sm_bytes, reserved_bytes);
-  setup.resident_ctas = int64_t{setup.shape.ctas_per_sm} * num_sms;
+  setup.num_sms = num_sms;
   if (setup.shape.num_stages < kFewRowsMinStages) return cudaErrorInvalidConfiguration;
+  cudaFuncAttributes attributes = {};
+  error = cudaFuncGetAttributes(&attributes, few_rows_kernel<Traits>);
+  if (error != cudaSuccess) return error;
+  setup.teams_are_one_cta = attributes.maxThreadsPerBlock >= Traits::kThreads * Traits::kTeams;
+  const int teams = setup.teams_are_one_cta ? setup.shape.teams : 1;
   return cudaFuncSetAttribute(few_rows_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              setup.shape.shared_bytes);
+                              teams * setup.shape.shared_bytes);
 }
 
 template <class Traits>
@@ -59,8 +65,12 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
   const cudaError_t error = setups.get(setup, set_up_few_rows<Traits>);
   if (error != cudaSuccess) return error;
   const FewRowsParams p = make_few_rows_params<Traits>(params, l, setup.shape.num_stages);
-  const int64_t num_ctas = min64(l.num_workers, setup.resident_ctas);
-  return launch(few_rows_kernel<Traits>, num_ctas, dim3(Traits::kThreads), setup.shape.shared_bytes,
+  // No team without a worker.
+  const int64_t used_sms = min64(l.num_workers, setup.num_sms);
+  const int64_t teams = min64(l.num_workers / used_sms, setup.shape.teams);
+  const int64_t of_cta = setup.teams_are_one_cta ? teams : 1;
+  return launch(few_rows_kernel<Traits>, used_sms * (teams / of_cta),
+                dim3(Traits::kThreads, unsigned(of_cta)), int(of_cta) * setup.shape.shared_bytes,
                 stream, l.enable_pdl, p);
 }
 

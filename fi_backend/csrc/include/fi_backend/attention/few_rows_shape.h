@@ -11,9 +11,9 @@ FI_HOST_DEVICE constexpr int cuda_few_rows_limit(int head_dim_qk, int head_dim_v
   return head_dim_qk <= 128 && head_dim_vo <= 128 ? 32 : 16;
 }
 
-// Thread blocks of the kernel for few rows of a request that fit an SM: wide heads leave room for
+// Teams of warps of the kernel for few rows of a request that fit an SM: wide heads leave room for
 // fewer.
-FI_HOST_DEVICE constexpr int few_rows_blocks_per_sm(int head_dim_qk, int head_dim_vo) {
+FI_HOST_DEVICE constexpr int few_rows_teams_per_sm(int head_dim_qk, int head_dim_vo) {
   return head_dim_qk <= 128 && head_dim_vo <= 128 ? 3 : 2;
 }
 

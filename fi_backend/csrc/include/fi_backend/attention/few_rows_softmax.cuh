@@ -67,12 +67,16 @@ class FewRowsSoftmax {
     Products::template values<kBlocks>(next_values(), p, o_);
   }
 
-  // Add up what the lanes have of each row's sum.
+  // Add up what the lanes have of each row's sum. A row whose logits are all NaN must not look as
+  // if it had seen no key.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) sum_[n][j] = over_tokens(sum_[n][j], Add());
+      for (int j = 0; j < 2; ++j) {
+        sum_[n][j] = over_tokens(sum_[n][j], Add());
+        if (sum_[n][j] != sum_[n][j]) max_[n][j] = 0.f;
+      }
     }
   }
 

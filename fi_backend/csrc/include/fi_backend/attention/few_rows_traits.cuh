@@ -8,6 +8,7 @@
 #include <fi_backend/attention/work_units.cuh>
 #include <fi_backend/common/dtypes.cuh>
 #include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/named_barrier.cuh>
 
 namespace fi {
 
@@ -24,7 +25,7 @@ inline constexpr int kFewRowsMaxStages = 10;
 inline constexpr int kBytesInFlight = 96 * 1024;
 
 // Q: __half or __nv_bfloat16; Kv: Q or an fp8 type; Out: a float type. A unit has up to kUnitBlocks
-// blocks of rows: with one of them, more CTAs fit an SM and hide each other's latencies.
+// blocks of rows: with one of them, more teams fit an SM and hide each other's latencies.
 template <class Q_, class Kv_, class Out_, int kHeadDimQk, int kHeadDimVo, int kUnitBlocks,
           class Variant_ = NoVariant>
 struct FewRowsTraits {
@@ -53,8 +54,8 @@ struct FewRowsTraits {
   // stage than memory takes to deliver it. Where there are more blocks, one fills both.
   static constexpr int kRingWarps = kRowGroups > 1 ? 2 : 1;
   static constexpr int kCopyWarps = kRowGroups > 1 ? 2 * kRingWarps : 1;
-  static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;
-  static constexpr int kCtasPerSm = kRowGroups > 1 ? 1 : few_rows_blocks_per_sm(kQk, kVo);
+  static constexpr int kThreads = kComputeThreads + kCopyWarps * kWarpSize;  // of a team
+  static constexpr int kTeams = kRowGroups > 1 ? 1 : few_rows_teams_per_sm(kQk, kVo);
 
   // Whether K and V leave the L2 cache to what other blocks of the kernel have there.
   static constexpr bool kEvictsFirst = false;
@@ -77,6 +78,30 @@ struct FewRowsTraits {
   // Units that are known, and their queries copied, before they are computed.
   static constexpr int kUnitSlots = kUnitBlocks == 1 ? 4 : 2;
 };
+
+// Whether the teams of an SM are one CTA. Before Hopper, where a team's shared memory begins takes
+// registers that the kernel does not have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kTeamsAreOneCta = false;
+#else
+inline constexpr bool kTeamsAreOneCta = true;
+#endif
+
+// The thread's team, among those of its CTA.
+template <class Traits>
+__device__ __forceinline__ int team() {
+  return Traits::kTeams > 1 && kTeamsAreOneCta ? int(threadIdx.y) : 0;
+}
+
+// Named barriers of a team, for the threads that compute and for all; 0 is __syncthreads().
+template <class Traits>
+__device__ __forceinline__ void compute_sync() {
+  ptx::named_barrier_sync<Traits::kComputeThreads>(1 + team<Traits>());
+}
+template <class Traits>
+__device__ __forceinline__ void team_sync() {
+  ptx::named_barrier_sync<Traits::kThreads>(1 + Traits::kTeams + team<Traits>());
+}
 
 template <bool kIsHalf>
 struct ComputeType {
@@ -106,7 +131,8 @@ FI_HOST_DEVICE constexpr int ring_slots(int num_stages, int side) {
   return (num_stages + 1 - side) / 2;
 }
 
-// Shared memory begins with this; the rings of K and of V [num_stages, kStageBytes] follow.
+// A team's shared memory begins with this; the rings of K and of V [num_stages, kStageBytes]
+// follow.
 template <class Traits>
 struct alignas(128) FewRowsShared {
   uint8_t q[Traits::kUnitSlots][Traits::kUnitRows * Traits::QRows::kRowBytes];  // swizzled
@@ -141,22 +167,22 @@ __device__ __forceinline__ uint32_t stage_offset(int num_stages, RingSide side,
   return (first + place.slot) * Traits::kStageBytes;
 }
 
-// What fits an SM: CTAs, stages of the rings of each, and their shared memory.
+// What fits an SM: teams, stages of the rings of each, and the shared memory of each.
 struct FewRowsShape {
-  int ctas_per_sm;
+  int teams;
   int num_stages;
   int shared_bytes;
 };
 
-// As many CTAs an SM as their registers allow, but for an SM with little shared memory, and what
+// As many teams an SM as their registers allow, but for an SM with little shared memory, and what
 // they leave of it in stages.
 template <class Traits>
 constexpr FewRowsShape few_rows_shape(int sm_bytes, int reserved_bytes_per_cta) {
   constexpr int kFixed = int(sizeof(FewRowsShared<Traits>));
   FewRowsShape shape = {};
-  for (int ctas = Traits::kCtasPerSm; ctas > 0; --ctas) {
-    shape.ctas_per_sm = ctas;
-    const int stages = (sm_bytes / ctas - reserved_bytes_per_cta - kFixed) / Traits::kStageBytes;
+  for (int teams = Traits::kTeams; teams > 0; --teams) {
+    shape.teams = teams;
+    const int stages = (sm_bytes / teams - reserved_bytes_per_cta - kFixed) / Traits::kStageBytes;
     shape.num_stages = stages > Traits::kMaxStages ? Traits::kMaxStages : stages;
     shape.shared_bytes = kFixed + shape.num_stages * Traits::kStageBytes;
     if (shape.num_stages >= kFewRowsMinStages) break;

@@ -86,10 +86,11 @@ struct RowResult {
 };
 
 // End a row whose weights are 2^(logit - max), with `sum` over all its keys; or those of a variant
-// without softmax.
+// without softmax. The lse takes as many instructions as all else: only if it is wanted.
 template <class Variant>
 __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const WorkPiece& piece,
-                                                const LogitRow& row, float max, float sum) {
+                                                const LogitRow& row, float max, float sum,
+                                                bool wants_lse = true) {
   const float v_scale = p.v_scale != nullptr ? p.v_scale[piece.kv_head] : p.v_scale_value;
   if constexpr (!Variant::kUsesSoftmax) return {v_scale, minus_infinity()};
   const bool is_empty = sum == 0.f;
@@ -102,9 +103,10 @@ __device__ __forceinline__ RowResult finish_row(const AttentionParams& p, const 
     sum = sum * scale + exp2f(sink - top);
     max = top;
   }
-  // Neither branches nor calls: rows are finished side by side.
-  return {is_empty ? 0.f : __fdividef(scale, sum) * v_scale,
-          is_empty ? minus_infinity() : max + log2f(sum) + origin};
+  // Neither branches nor calls, if the lse is always wanted: rows are finished side by side.
+  const float factor = is_empty ? 0.f : __fdividef(scale, sum) * v_scale;
+  if (!wants_lse) return {factor, minus_infinity()};
+  return {factor, is_empty ? minus_infinity() : max + log2f(sum) + origin};
 }
 
 }  // namespace fi

@@ -95,8 +95,6 @@ __global__ void __launch_bounds__(kSm90LaunchBound<Many>, 1)
     Trace::begin(kFewRows);
     if (fresh_thread() < Few::kThreads) {
       run_few_rows<Few>(params.few, mixed_shared_memory, role().few_before, few_blocks());
-    } else {
-      __syncthreads();
     }
     Trace::end(kFewRows);
     if (plan[kHasWorkInt + kManyRows] == kNoWork) return;

@@ -92,11 +92,12 @@ class PairMerge {
   // Of the lane's half.
   __device__ __forceinline__ int row() const { return lane_ < kHalf ? first_row_ : second_row_; }
 
-  // finish(max, sum) gives what the values of the row of the lane's half are to be multiplied with,
-  // write(half, column, values) writes four of them; it is called by all lanes, those past the row
-  // included.
-  template <class Finish, class Write>
-  __device__ __forceinline__ void run(const Finish& finish, const Write& write) {
+  // prepare() is called when all loads are on their way, finish(max, sum) gives what the values of
+  // the row of the lane's half are to be multiplied with, write(half, column, values) writes four
+  // of them; it is called by all lanes, those past the row included.
+  template <class Prepare, class Finish, class Write>
+  __device__ __forceinline__ void run(const Prepare& prepare, const Finish& finish,
+                                      const Write& write) {
     float2 state = load_state(0);
     float2 merged = {};
     float factor = 0.f;
@@ -108,6 +109,7 @@ class PairMerge {
         Values values[kInFlight];
         load_values(half == 0 ? first_row_ : second_row_, begin, values);
         if (half == 0 && begin == 0) {
+          prepare();
           merged = merge_states(state);
         } else if (item_.count > kInFlight) {
           state = load_state(begin);
@@ -126,8 +128,9 @@ class PairMerge {
   }
 
  private:
-  static constexpr int kInFlight = 16 / kParts;  // partials whose loads cover each other's latency
-  static constexpr int kGroup = 4;               // of those that do not exist are jumped over
+  // Partials whose loads cover each other's latency.
+  static constexpr int kInFlight = 16 / kParts;
+  static constexpr int kGroup = 4;  // of those that do not exist are jumped over
   static_assert(kInFlight <= kHalf);
   struct Values {
     float4 parts[kParts];
@@ -169,21 +172,27 @@ class PairMerge {
     }
   }
 
-  // Of partials that do not exist, anything.
+  // Of partials that do not exist, zeroes: infinity times 0 is not 0.
   __device__ __forceinline__ void load_values(int row, int32_t begin,
                                               Values (&values)[kInFlight]) const {
+    const int32_t count = item_.count - begin;
+    const int at = row * Traits::kVo + min(column(0), Traits::kVo - kValuesPerAccess);
     const int32_t step = item_.step * int(sizeof(float));
+    const void* slot = ptx::byte_offset(partials_ + item_.later_slots + at, begin, step);
+    if (begin == 0) slot = partials_ + item_.first_slot + at;
 #pragma unroll
-    for (int p = 0; p < kParts; ++p) {
-      const int at = row * Traits::kVo + min(column(p), Traits::kVo - kValuesPerAccess);
-      const float* later_slots = partials_ + item_.later_slots + at;
+    for (int i = 0; i < kInFlight; ++i) {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int32_t index = min(begin + i, item_.count - 1);
-        const void* from = ptx::byte_offset(later_slots, index, step);
-        if (i == 0 && begin == 0) from = partials_ + item_.first_slot + at;
-        values[i].parts[p] = __ldcg(static_cast<const float4*>(from));
+      for (int p = 0; p < kParts; ++p) {
+        values[i].parts[p] = {};
+        if (i >= count) continue;
+        const int further = p == 0 ? 0 : min(column(p), Traits::kVo - kValuesPerAccess) - column(0);
+        values[i].parts[p] = __ldcg(static_cast<const float4*>(slot) + further / kValuesPerAccess);
       }
+      if (i == 0 && begin == 0) slot = partials_ + item_.later_slots + at;
+      slot = static_cast<const uint8_t*>(slot) + step;
+      // Left to itself, the compiler finds each address from the beginning.
+      asm volatile("" : "+l"(slot));
     }
   }
 
@@ -194,7 +203,6 @@ class PairMerge {
     for (int i = 0; i < kInFlight; ++i) {
       if (i % kGroup == 0 && i >= count) break;
       const float w = __shfl_sync(kFullWarp, weight, first_lane + i);
-      if (i >= count) continue;  // infinity times 0 is not 0
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
         const float4& x = values[i].parts[p];

@@ -49,8 +49,9 @@ __device__ __forceinline__ BeyondWord find_beyond(const uint32_t* marks, const u
   return found;
 }
 
-// The cut at a start in an item; `word` is the one of its bit, all lanes have the same.
-__device__ __forceinline__ ItemCut find_cut(const CutMemory& memory, int32_t word,
+// The cut at a start, which is in an item where `is_cut`; `word` is the one of its bit, all lanes
+// have the same.
+__device__ __forceinline__ ItemCut find_cut(const CutMemory& memory, bool is_cut, int32_t word,
                                             int32_t num_words) {
   const int32_t lane = threadIdx.x % kWarpSize;
   const uint32_t up_to = ~0u >> (kWarpSize - 1 - lane);
@@ -58,8 +59,14 @@ __device__ __forceinline__ ItemCut find_cut(const CutMemory& memory, int32_t wor
   const uint32_t fresh = memory.fresh[word];
   const uint32_t first = memory.first[word] & up_to;
   const uint32_t last = memory.last[word] & from;
-  const BeyondWord before = find_beyond<-1>(memory.first, memory.fresh, word, num_words);
-  const BeyondWord behind = find_beyond<1>(memory.last, memory.fresh, word, num_words);
+  // Most items are short, and all their cuts are in one word.
+  BeyondWord before = {0, 0}, behind = {0, 0};
+  if (__any_sync(kFullWarp, is_cut && first == 0)) {
+    before = find_beyond<-1>(memory.first, memory.fresh, word, num_words);
+  }
+  if (__any_sync(kFullWarp, is_cut && last == 0)) {
+    behind = find_beyond<1>(memory.last, memory.fresh, word, num_words);
+  }
   const int32_t first_bit = kWarpSize - 1 - __clz(int(first));
   const int32_t last_bit = __ffs(int(last)) - 1;
   const int32_t first_cut = first != 0 ? word * kWarpSize + first_bit : before.at;
@@ -96,9 +103,10 @@ __device__ __forceinline__ void write_cuts(const Team& team, const LinePosition*
     const int32_t w = base + int32_t(team.thread());
     const int32_t word = w / kWarpSize;
     if (word >= num_words) break;
-    const ItemCut inside = find_cut(memory, word, num_words);
+    const bool is_inside = w <= num_workers && is_cut(starts[w]);
+    const ItemCut inside = find_cut(memory, is_inside, word, num_words);
     if (w > num_workers) break;
-    cuts[w] = is_cut(starts[w]) ? inside : ItemCut{w, 0, 1, 0};
+    cuts[w] = is_inside ? inside : ItemCut{w, 0, 1, 0};
   }
 }
 

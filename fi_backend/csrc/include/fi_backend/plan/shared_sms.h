@@ -38,7 +38,7 @@ FI_HOST_DEVICE int32_t num_sharing_blocks(const WorkGeometry& g, int line, const
 // The first so many workers of a line get work. sharing: num_sharing_blocks() of the step.
 FI_HOST_DEVICE int32_t active_workers(const WorkGeometry& g, int line, const LineLoad& load,
                                       int32_t sharing) {
-  if (g.blocks_per_sm == 0) return g.num_workers;
+  if (g.teams_per_sm == 0) return g.num_workers;
   if (line == kFewRows) return sharing > 0 ? sharing : active_few_row_workers(g, load);
   return planned_sms(g.num_workers) - sharing;  // one block of the many-row kernel fits an SM
 }

@@ -29,7 +29,7 @@ FI_HOST_DEVICE bool deals_whole_items(const WorkGeometry& g, const ItemsLoad& lo
                                       int64_t workers) {
   constexpr int kMergeTokens = 640;   // keys in the time it takes to write parts and merge them
   constexpr int kMaxItems = 1 << 30;  // for short divisions when they are dealt
-  if (g.blocks_per_sm == 0 || load.num_items == 0 || load.num_items > kMaxItems) return false;
+  if (g.teams_per_sm == 0 || load.num_items == 0 || load.num_items > kMaxItems) return false;
   if (g.kept_states > 0) return workers == 0;  // see kept_part_workers()
   if (g.split != 0) return true;
   const int64_t share = divide_index(load.cost, workers).quot;

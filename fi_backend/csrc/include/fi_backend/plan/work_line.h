@@ -194,8 +194,7 @@ FI_HOST_DEVICE LinePosition plan_end(const WorkGeometry& g, int line, int32_t w,
   return end;
 }
 
-// Packed rows of a request up to which more than one thread block of the few-row CUDA kernel fits
-// an SM.
+// Packed rows of a request up to which more than one team of the few-row CUDA kernel fits an SM.
 constexpr int kSmallItemRows = 8;
 
 // Cost of the keys that keep a worker busy for as long as it takes to start it; and of those that
@@ -227,17 +226,17 @@ FI_HOST_DEVICE int64_t num_fixed_chunks(const WorkGeometry& g, const RequestLens
   return g.num_kv_heads * max64(1, divide_index(num_tokens + chunk - 1, chunk).quot);
 }
 
-// Thread blocks an SM: as many as fit, which hide each other's latencies, or fewer if the SM with
-// the most chunks then has fewer of them by far.
-FI_HOST_DEVICE uint32_t blocks_for_chunks(uint32_t num_sms, uint32_t most_blocks,
-                                          int64_t num_chunks) {
-  uint32_t best = most_blocks;
+// Teams an SM: as many as fit, which hide each other's latencies, or fewer if the SM with the most
+// chunks then has fewer of them by far.
+FI_HOST_DEVICE uint32_t teams_for_chunks(uint32_t num_sms, uint32_t most_teams,
+                                         int64_t num_chunks) {
+  uint32_t best = most_teams;
   int64_t least = 0;
   FI_NO_UNROLL
-  for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
-    const int64_t of_sm = ceil_div64(num_chunks, int64_t{blocks} * num_sms) * blocks;
-    if (blocks < most_blocks && of_sm * 8 > least * 7) continue;
-    best = blocks;
+  for (uint32_t teams = most_teams; teams > 0; --teams) {
+    const int64_t of_sm = ceil_div64(num_chunks, int64_t{teams} * num_sms) * teams;
+    if (teams < most_teams && of_sm * 8 > least * 7) continue;
+    best = teams;
     least = of_sm;
   }
   return best;
@@ -252,7 +251,7 @@ FI_HOST_DEVICE bool has_few_rows(const WorkGeometry& g, int64_t num_rows) {
 // Multiprocessors of a GPU that a plan for so many workers is for.
 FI_HOST_DEVICE int32_t planned_sms(int32_t num_workers) { return (num_workers + 2) / 3; }
 
-// True if a step cannot have more few-row items than multiprocessors. One large thread block an SM
+// True if a step cannot have more few-row items than multiprocessors. One large team an SM
 // then reads as fast as several, and has fewer pieces to merge and more warps to do it. Kernels are
 // chosen by the same rule.
 FI_HOST_DEVICE bool has_few_items(int64_t num_reqs, int64_t num_kv_heads, int32_t num_workers) {
@@ -261,39 +260,51 @@ FI_HOST_DEVICE bool has_few_items(int64_t num_reqs, int64_t num_kv_heads, int32_
 
 // The first so many workers of the few-row line get work: one an SM, a third of them, or as many as
 // fit where that is worth it. In between, some SMs would have twice the work of others. Equal items
-// are cut into equal pieces, or not at all, if that leaves few without work; or, with one block an
-// SM, if it adds less than the second piece that a worker across the border of an item has.
+// are cut into equal pieces, or not at all, if that leaves few without work; or, with one team an
+// SM, if it adds less than the second piece that a worker across the border of an item has. Two
+// teams of an SM that have work read as fast as three, so equal items may be dealt in one round or
+// two; in more, teams drift apart for longer than the merges of cut items take.
 FI_HOST_DEVICE int32_t active_few_row_workers(const WorkGeometry& g, const LineLoad& load) {
   const uint32_t num_sms = planned_sms(g.num_workers);
-  const bool is_one_block =
+  const bool is_one_team =
       !has_few_rows(g, load.num_rows) || has_few_items(g.num_reqs, g.num_kv_heads, g.num_workers);
-  const uint32_t num_blocks = is_one_block ? 1 : g.blocks_per_sm;
+  const uint32_t num_teams = is_one_team ? 1 : g.teams_per_sm;
   const int64_t num_items = load.num_requests * g.num_kv_heads;
   const int64_t pieces = min64(load.cost / kWorthStarting, num_items * kManyPieces);
   const bool needs_all = max64(pieces, load.cost / kWorthMerging) >= 2 * int64_t{num_sms};
-  uint32_t most_blocks = needs_all ? num_blocks : 1;
-  if (g.split > 0) most_blocks = blocks_for_chunks(num_sms, most_blocks, load.num_chunks);
-  int64_t active = min64(g.num_workers, most_blocks * num_sms);
-  // A worker for each piece at most: no thread block of an SM idles while another has two pieces.
+  uint32_t most_teams = needs_all ? num_teams : 1;
+  if (g.split > 0) most_teams = teams_for_chunks(num_sms, most_teams, load.num_chunks);
+  int64_t active = min64(g.num_workers, most_teams * num_sms);
+  // A worker for each piece at most: no team of an SM idles while another has two pieces.
   const int64_t cost_of_piece = g.cut_tokens / kCostTokens * unit_cost(1);
   if (load.cost < active * cost_of_piece) {
     active = max64(1, divide_index(load.cost, cost_of_piece).quot);
   }
 
   const bool items_are_equal = load.largest * load.num_requests <= load.cost + load.cost / 32;
-  if (!items_are_equal || num_items == 0 || num_items > active) return static_cast<int32_t>(active);
+  if (!items_are_equal || num_items == 0) return static_cast<int32_t>(active);
+  constexpr uint32_t kMostRounds = 2;
+  const bool items_are_same = load.largest * load.num_requests == load.cost;
   FI_NO_UNROLL
-  for (uint32_t blocks = (uint32_t(active) + num_sms - 1) / num_sms; blocks > 0; --blocks) {
-    const auto resident = static_cast<uint32_t>(min64(active, blocks * num_sms));
-    if (num_items > resident) break;
+  for (uint32_t teams = (uint32_t(active) + num_sms - 1) / num_sms; teams > 0; --teams) {
+    const auto resident = static_cast<uint32_t>(min64(active, teams * num_sms));
+    if (num_items > resident) {
+      if (!items_are_same || num_items > kMostRounds * resident) break;
+      const uint32_t workers = uint32_t(num_items) / kMostRounds;
+      const bool are_whole = workers * kMostRounds == uint32_t(num_items);
+      if (are_whole && teams > 1 && (resident - workers) * 16 <= resident) {
+        return static_cast<int32_t>(workers);
+      }
+      continue;
+    }
     const uint32_t without_work = resident % uint32_t(num_items);
-    const bool is_cut = blocks < most_blocks && uint32_t(num_items) * 2 <= resident;
+    const bool is_cut = teams < most_teams && uint32_t(num_items) * 2 <= resident;
     if (is_cut) continue;
     const auto added_share = [&] {
       const int64_t share = divide_index(load.cost, resident).quot;
       return divide_index(load.cost, resident - without_work).quot - share;
     };
-    if (without_work * 16 <= resident || (blocks == 1 && 2 * added_share() <= g.item_overhead)) {
+    if (without_work * 16 <= resident || (teams == 1 && 2 * added_share() <= g.item_overhead)) {
       return static_cast<int32_t>(resident - without_work);
     }
   }
