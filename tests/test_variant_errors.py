@@ -76,6 +76,10 @@ def run_single(checked: fi.AttentionVariant, *values: Any, **options: Any) -> An
         ({"source": "int helper() { return 1; }"}, "a variant has at least one of logit"),
         ({"use_softmax": False}, r"weight\(\) takes the place of softmax"),
         ({"source": "FI_HOST_DEVICE float logit(double) const { return 0; }"}, "logit"),
+        (
+            {"source": f"static constexpr int kKeysSeenTogether = 0; {SEES}"},
+            "kKeysSeenTogether is a number of keys",
+        ),
     ],
 )
 def test_sources_that_do_not_compile(fields: dict[str, Any], message: str) -> None:

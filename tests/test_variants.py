@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from variant_examples import EXAMPLES, Example, Values
+from variant_examples import EXAMPLES, Example, Request, Values
 from variant_examples import expected as expected_of
 from wrapper_cases import (
     Case,
@@ -148,6 +148,38 @@ def test_options_of_the_layer_hold_besides(device: str) -> None:
         case, example, values, causal=False, custom_mask=masks, sinks=sinks, soft_cap=2.0
     )
     assert_state(got, state)  # type: ignore[arg-type]
+
+
+STRIPES = fi.AttentionVariant(
+    "stripes",
+    """
+    static constexpr int kKeysSeenTogether = 24;
+
+    FI_HOST_DEVICE bool sees(const Pair& at) const {
+      return (at.kv_idx / 24 + at.qo_idx) % 3 != 0;
+    }
+    """,
+)
+
+
+@pytest.mark.parametrize("page_size", [1, PAGE_SIZE])
+def test_keys_seen_together(device: str, page_size: int) -> None:
+    """Blocks of keys that a GPU's tiles, which begin at a window's edge, cut anywhere."""
+    window = 100
+
+    def score(
+        logits: torch.Tensor, request: Request, _values: Values
+    ) -> tuple[torch.Tensor, torch.Tensor | bool]:
+        row = request.position - request.position[0]
+        seen = (request.key // 24 + row) % 3 != 0
+        return logits, seen & (request.key >= request.position - window)
+
+    case = make_case([70, 1, 40, 33], [500, 300, 64, 33], heads=HEADS)
+    table = case.paged(page_size)
+    wrapper = prefill_wrapper(jit_args=[STRIPES])
+    plan_prefill(wrapper, case, table, page_size, causal=True, window_left=window)
+    got = wrapper.run(case.rows, table.cache, return_lse=True)
+    assert_state(got, expected(case, Example(STRIPES, lambda *_: {}, score), {}))
 
 
 GATED = fi.AttentionVariant(

@@ -14,6 +14,12 @@ from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
 HEADER = 20
 HAS_WORK = 16  # of each line
 FEW_ROW_BLOCKS = 18
+CUT, WHOLE = 1, 2  # what the header says of a line: plan/whole_items.h
+
+# Of kernels for heads up to 128 wide: attention/cpu/scratch.h, attention/row_tiles.h and
+# attention/few_rows_shape.h.
+FEW_ROWS_LIMIT = {"cpu": 16, "cuda": 32, "sm_90": 32}
+TILE_ROWS = {"cpu": 256, "cuda": 256, "sm_90": 128}
 
 
 @dataclass(frozen=True)
@@ -96,3 +102,55 @@ def steps(
         many_rows_only=draw(st.booleans()),
         target=draw(st.sampled_from(targets)),
     )
+
+
+def visible(step: Step, qo_len: int, kv_len: int, row: int) -> tuple[int, int]:
+    """Keys that a row sees, from the definition."""
+    position = kv_len - qo_len + row
+    end = max(0, min(kv_len, position + 1)) if step.causal else kv_len
+    begin = max(0, position - step.window_left) if step.window_left >= 0 else 0
+    return min(begin, end), end
+
+
+def items(step: Step, line: int) -> list[tuple[tuple[int, int, int], int]]:
+    """List ((request, head, tile), kv tokens) of a line in order."""
+    listed = []
+    for request, (qo_len, kv_len) in enumerate(zip(step.qo_lens, step.kv_lens, strict=True)):
+        rows = qo_len * step.group_size
+        is_few = rows <= FEW_ROWS_LIMIT[step.target] and not step.many_rows_only
+        if qo_len == 0 or is_few != (line == 0):
+            continue
+        height = rows if is_few else TILE_ROWS[step.target]
+        for head in range(step.num_kv_heads):
+            for tile in range(-(-rows // height)):
+                first, last = tile * height, min(rows, (tile + 1) * height) - 1
+                begin, _ = visible(step, qo_len, kv_len, first // step.group_size)
+                _, end = visible(step, qo_len, kv_len, last // step.group_size)
+                listed.append(((request, head, tile), end - begin))
+    return listed
+
+
+def starts(step: Step, buffer: torch.Tensor, line: int) -> list[tuple[int, int, int, int]]:
+    """Read where each worker begins, the end of the line last."""
+    requests = len(step.qo_lens)
+    begin = HEADER + 2 * 2 * (requests + 1) + line * 4 * (step.num_workers + 1)
+    rows = buffer[begin : begin + 4 * (step.num_workers + 1)].view(-1, 4)
+    return [tuple(row) for row in rows.tolist()]
+
+
+def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple, int, int]]]:
+    """List each worker's (item, begin, end) by cutting the line where the plan says."""
+    if buffer[HAS_WORK + line] == WHOLE:
+        return [[(item, 0, tokens)] for item, tokens in items(step, line)]
+    edges = starts(step, buffer, line)
+    assert edges == sorted(edges), "workers are out of order"
+    owned: list[list[tuple[tuple, int, int]]] = [[] for _ in range(step.num_workers)]
+    for item, tokens in items(step, line):
+        for w in range(step.num_workers):
+            low, high = edges[w], edges[w + 1]
+            begin = low[3] if low[:3] == item else (0 if low[:3] < item else tokens)
+            end = high[3] if high[:3] == item else (0 if high[:3] < item else tokens)
+            holds_empty_item = tokens == 0 and low <= (*item, 0) < high
+            if begin < end or holds_empty_item:
+                owned[w].append((item, begin, end))
+    return owned

@@ -168,12 +168,13 @@ def test_large_offsets_and_slots(cuda_module: Any) -> None:
     module.append_slots(key, key, cache, other, slots, *scales)
     assert torch.equal(cache[1, 15], key[0])
     assert torch.equal(cache[0, 0], key[2])
-    # Slot numbers past 2^32: pages overlap in memory, so that none of this is real storage.
-    many = storage.as_strided((5000, 2**20, 2, 128), (256, 0, 128, 1))
-    slots = torch.tensor([4999 * 2**20 + 3, 7, -1], device="cuda")
-    module.append_slots(key, key, many, many, slots, *scales)
-    assert torch.equal(many[4999, 0], key[0])
-    assert torch.equal(many[0, 0], key[1])
+    # Slots on both sides of 2^31 and past 2^32: pages overlap, so that this takes little memory.
+    many = storage.as_strided((5000, 2**20, 2, 128), (256, 8, 128, 1))
+    for numbers in ([4999 * 2**20 + 3, 7, -1], [2**31 - 2**19, 2**31 + 5, 2**32 - 2**18]):
+        module.append_slots(key, key, many, many, torch.tensor(numbers, device="cuda"), *scales)
+        for i, slot in enumerate(numbers):
+            if slot >= 0:
+                assert torch.equal(many[slot // 2**20, slot % 2**20], key[i])
 
 
 def test_errors_name_the_argument(cuda_module: Any) -> None:

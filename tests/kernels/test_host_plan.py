@@ -9,67 +9,22 @@ import torch
 from hypothesis import given, settings
 
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints, workspace_floats
-from tests.kernels.plan_step import HAS_WORK, HEADER, Step, steps, without_rows
+from tests.kernels.plan_step import (
+    CUT,
+    HAS_WORK,
+    TILE_ROWS,
+    WHOLE,
+    Step,
+    items,
+    pieces,
+    starts,
+    steps,
+    visible,
+    without_rows,
+)
 
-# Of kernels for heads up to 128 wide: attention/cpu/scratch.h, attention/row_tiles.h and
-# attention/few_rows_shape.h.
-FEW_ROWS_LIMIT = {"cpu": 16, "cuda": 32, "sm_90": 32}
-TILE_ROWS = {"cpu": 256, "cuda": 256, "sm_90": 128}
 ITEM_OVERHEAD = {"cpu": 4, "cuda": 16, "sm_90": 16}
 MAX_CHUNKS = 16
-CUT, WHOLE = 1, 2  # what the header says of a line: plan/whole_items.h
-
-
-def visible(step: Step, qo_len: int, kv_len: int, row: int) -> tuple[int, int]:
-    """Keys that a row sees, from the definition."""
-    position = kv_len - qo_len + row
-    end = max(0, min(kv_len, position + 1)) if step.causal else kv_len
-    begin = max(0, position - step.window_left) if step.window_left >= 0 else 0
-    return min(begin, end), end
-
-
-def items(step: Step, line: int) -> list[tuple[tuple[int, int, int], int]]:
-    """List ((request, head, tile), kv tokens) of a line in order."""
-    listed = []
-    for request, (qo_len, kv_len) in enumerate(zip(step.qo_lens, step.kv_lens, strict=True)):
-        rows = qo_len * step.group_size
-        is_few = rows <= FEW_ROWS_LIMIT[step.target] and not step.many_rows_only
-        if qo_len == 0 or is_few != (line == 0):
-            continue
-        height = rows if is_few else TILE_ROWS[step.target]
-        for head in range(step.num_kv_heads):
-            for tile in range(-(-rows // height)):
-                first, last = tile * height, min(rows, (tile + 1) * height) - 1
-                begin, _ = visible(step, qo_len, kv_len, first // step.group_size)
-                _, end = visible(step, qo_len, kv_len, last // step.group_size)
-                listed.append(((request, head, tile), end - begin))
-    return listed
-
-
-def starts(step: Step, buffer: torch.Tensor, line: int) -> list[tuple[int, int, int, int]]:
-    """Read where each worker begins, the end of the line last."""
-    requests = len(step.qo_lens)
-    begin = HEADER + 2 * 2 * (requests + 1) + line * 4 * (step.num_workers + 1)
-    rows = buffer[begin : begin + 4 * (step.num_workers + 1)].view(-1, 4)
-    return [tuple(row) for row in rows.tolist()]
-
-
-def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple, int, int]]]:
-    """List each worker's (item, begin, end) by cutting the line where the plan says."""
-    if buffer[HAS_WORK + line] == WHOLE:
-        return [[(item, 0, tokens)] for item, tokens in items(step, line)]
-    edges = starts(step, buffer, line)
-    assert edges == sorted(edges), "workers are out of order"
-    owned: list[list[tuple[tuple, int, int]]] = [[] for _ in range(step.num_workers)]
-    for item, tokens in items(step, line):
-        for w in range(step.num_workers):
-            low, high = edges[w], edges[w + 1]
-            begin = low[3] if low[:3] == item else (0 if low[:3] < item else tokens)
-            end = high[3] if high[:3] == item else (0 if high[:3] < item else tokens)
-            holds_empty_item = tokens == 0 and low <= (*item, 0) < high
-            if begin < end or holds_empty_item:
-                owned[w].append((item, begin, end))
-    return owned
 
 
 @given(steps())
@@ -227,49 +182,6 @@ def test_equal_items_that_fill_the_blocks_are_not_cut() -> None:
     assert [len(owned) for owned in pieces(step, step.plan(), 0)] == [1] * 256 + [0] * 140
     uneven = Step((1,) * 32, (1000,) * 31 + (2000,), 4, 8, True, -1, 396, 0, False, "cuda")
     assert sum(map(bool, pieces(uneven, uneven.plan(), 0))) > 256
-
-
-@given(steps(targets=("cuda", "sm_90")))
-@settings(deadline=None, max_examples=200)
-def test_whole_items_are_counted(step: Step) -> None:
-    """What is dealt whole is no worker's; blocks find it by the tiles of the requests before."""
-    buffer = step.plan()
-    assert buffer[HAS_WORK] != WHOLE
-    if buffer[HAS_WORK + 1] != WHOLE:
-        assert step.split == 0 or buffer[HAS_WORK + 1] == 0
-        return
-    assert starts(step, buffer, 1) == [(len(step.qo_lens), 0, 0, 0)] * (step.num_workers + 1)
-    requests = len(step.qo_lens)
-    tiles = buffer[HEADER + 2 * (requests + 1) :][: 2 * (requests + 1)].view(torch.int64)
-    listed = [request for (request, head, _), _ in items(step, 1) if head == 0]
-    assert tiles.tolist() == [sum(r < n for r in listed) for n in range(requests + 1)]
-
-
-@pytest.mark.parametrize(
-    ("requests", "heads", "is_whole"),
-    [
-        (((512, 512),), 8, True),  # an item for each block, of lengths up to 512
-        (((1024, 1024),), 8, True),
-        (((8192, 8192),), 8, True),
-        (((64, 4096),) * 8, 8, True),  # 128 equal items
-        (((512, 8192),) * 4, 8, True),  # 512 equal items: the last round leaves 16 blocks idle
-        (((544, 4096),), 8, False),  # 136 equal items: it leaves 128 of 132 idle
-        (((300, 5000),) * 5, 8, True),  # 400 too, but parts would read K and V from memory
-        (((256, 32768),), 8, False),  # half as many items as blocks
-        (((4096, 4096),), 1, False),  # as many, but a few take most of the time
-        (((64, 100_000), *[(300, 300)] * 16), 8, False),  # a long one among many short ones
-    ],
-    ids=str,
-)
-def test_long_items_are_cut_where_that_saves_more_than_a_merge(
-    requests: tuple[tuple[int, int], ...], heads: int, is_whole: bool
-) -> None:
-    qo_lens, kv_lens = zip(*requests, strict=True)
-    step = Step(qo_lens, kv_lens, 4, heads, True, -1, 396, 0, True, "sm_90")
-    buffer = step.plan()
-    assert buffer[HAS_WORK + 1] == (WHOLE if is_whole else CUT)
-    if not is_whole:
-        assert sum(map(bool, pieces(step, buffer, 1))) == 132
 
 
 def test_lengths_that_no_engine_means_are_empty() -> None:

@@ -125,6 +125,22 @@ def test_rows_are_independent_and_pdl_is_ordered(cuda_module: Any) -> None:
         assert torch.equal(bits(chained), bits(plain))
 
 
+def test_weights_read_late_give_the_same_bits(cuda_module: Any) -> None:
+    """Where rows with a residual find their weights depends on how many rows there are."""
+    module = cuda_module(rmsnorm_spec, (BF16, BF16))
+    for hidden in (128, 4096, 5000):
+        num_rows = 2**26 // hidden + 1  # 2^23 accesses of 8 values, and a row
+        x = torch.randn(num_rows, hidden, device="cuda", dtype=BF16)
+        residual = torch.randn_like(x)
+        weight = (torch.randn(hidden, device="cuda") + 2).to(BF16)
+        part = slice(num_rows - 300, num_rows)
+        few_x, few_residual = x[part].clone(), residual[part].clone()
+        run(module, x, weight, x, residual=residual)
+        run(module, few_x, weight, few_x, residual=few_residual)
+        assert torch.equal(bits(x[part]), bits(few_x))
+        assert torch.equal(bits(residual[part]), bits(few_residual))
+
+
 def test_errors_name_the_argument(cuda_module: Any) -> None:
     module = cuda_module(rmsnorm_spec, (BF16, BF16))
     x, weight = torch.zeros(4, 64, dtype=BF16, device="cuda"), torch.zeros(64, device="cuda")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from tests.kernels.plan_step import FEW_ROW_BLOCKS, HAS_WORK, Step, steps
-from tests.kernels.test_host_plan import WHOLE, cost, pieces, starts
+from tests.kernels.plan_step import FEW_ROW_BLOCKS, HAS_WORK, WHOLE, Step, pieces, starts, steps
+from tests.kernels.test_host_plan import cost
 
 # What a unit of cost of each line takes: plan/shared_sms.h.
 FEW_TIME, MANY_TIME = 3, 1

@@ -81,6 +81,7 @@ inline AppendParams checked_append_params(const AppendArguments& a, DLDataType d
                                 a.value_cache.stride(2)};
   params.num_pages = num_pages;
   params.page_size = static_cast<int32_t>(page_size);
+  params.by_page_size = make_fast_divider(static_cast<uint32_t>(page_size));
   params.num_kv_heads = static_cast<int32_t>(heads);
   params.head_dim_qk = static_cast<int32_t>(dim_qk);
   params.head_dim_vo = static_cast<int32_t>(dim_vo);

@@ -147,7 +147,8 @@ class ManyRowsWorker {
         ScoreTile<Traits> s;
         multiply_keys<Traits>(ptx::shared_address(warp_rows()), ptx::shared_address(k), s);
         make_scores<Traits>(p_, g_, item, range.all, first_row(), begin, s);
-        const float scale = item.is_scale_only ? item.scale : 1.f;
+        const float scale =
+            item.is_scale_only ? item.scale : score_unit<typename Traits::Variant>();
         move_maxima<Traits>(
             s, scale, rows_, [](int, int) { return true; },
             [&](int m, int h, float factor) { scale_output<Traits>(rows_.o, m, h, factor); });

@@ -74,7 +74,7 @@ class Sm90Computer {
 
   // What is left to do to scores when they have been made.
   __device__ __forceinline__ static float score_scale(const Sm90Unit& unit) {
-    return unit.item.is_scale_only ? unit.item.scale : 1.f;
+    return unit.item.is_scale_only ? unit.item.scale : score_unit<typename Traits::Variant>();
   }
 
   // Wait for a tile of K or V.

@@ -8,6 +8,7 @@
 #include <fi_backend/attention/many_rows_sm90_units.cuh>
 #include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/cp_async.cuh>
+#include <fi_backend/ptx/named_barrier.cuh>
 #include <fi_backend/ptx/tma.cuh>
 
 namespace fi {
@@ -24,6 +25,9 @@ class Sm90Loader {
   static constexpr int kFindingWarp = kBoxWarps;
   static constexpr int kTilesAhead = 2;  // that remain to be loaded when the next unit is wanted
   static constexpr int kGatherRows = Traits::kTokens / kWarps;  // of a warp
+  // The last tiles of a unit, if it has more, are gathered only when the next one has been found,
+  // where there is a place for it. Beside warps that widen there are no registers for that.
+  static constexpr int kLastTiles = Traits::kUnits > 1 && !Traits::kIsFp8Cache ? kTilesAhead : 0;
 
  public:
   __device__ __forceinline__ Sm90Loader(const ManyRowsSm90Params& params, Memory& memory)
@@ -42,7 +46,8 @@ class Sm90Loader {
     return (params.has_maps() ? kWarps - kBoxWarps : kWarps) * kWarpSize + 1;
   }
 
-  // Each warp goes through the units at its own pace.
+  // Each warp goes through the units at its own pace. Where all warps gather tiles, the one that
+  // finds units does so before it gathers the last tiles of the unit before.
   __device__ __forceinline__ void run() {
     for (Place place;; ++place.n) {
       if (is_finding()) {
@@ -52,13 +57,13 @@ class Sm90Loader {
         asm volatile("" ::: "memory");
         place.n = memory_.found_units;
       }
+      if (!params_.has_maps()) {
+        if (!gather_unit(place)) return;
+        continue;
+      }
       ptx::mbarrier_wait(address(memory_.unit_found[place.index()]), place.parity());
       Sm90Unit& unit = memory_.units[place.index()];
-      if (!params_.has_maps()) {
-        copy_queries(unit, place, warp(), kWarps);
-        describe_groups(unit, place);
-        gather_tiles(unit);
-      } else if (warp() >= kBoxWarps) {
+      if (warp() >= kBoxWarps) {
         copy_queries(unit, place, warp() - kBoxWarps, kWarps - kBoxWarps);
         describe_groups(unit, place);
       } else if (warp() == 0) {
@@ -67,8 +72,7 @@ class Sm90Loader {
         load_boxes(unit, params_.v, memory_.loaded_v(), 0);
       }
       if (!unit.exists) return;
-      __syncwarp();
-      if (lane() == 0) ptx::mbarrier_arrive(address(memory_.unit_empty[place.index()]));
+      leave_unit(place);
     }
   }
 
@@ -84,6 +88,34 @@ class Sm90Loader {
   __device__ __forceinline__ static int lane() { return uint32_t(fresh_thread()) % kWarpSize; }
   __device__ __forceinline__ static bool is_finding() { return warp() == kFindingWarp; }
   __device__ __forceinline__ bool is_ragged() const { return p_.pages.is_ragged(); }
+
+  __device__ __forceinline__ void leave_unit(const Place& place) const {
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(address(memory_.unit_empty[place.index()]));
+  }
+
+  // Gather the last tiles of the unit before the one in a place, then that one's query rows and
+  // other tiles. False if there is none in the place.
+  __device__ __forceinline__ bool gather_unit(const Place& place) {
+#pragma unroll 1
+    for (int is_this = !has_last_tiles_; is_this < 2; ++is_this) {
+      const Place at = {place.n - 1 + is_this};
+      Sm90Unit& unit = memory_.units[at.index()];
+      int first = kLastTiles, last = 0;
+      if (is_this) {
+        ptx::mbarrier_wait(address(memory_.unit_found[at.index()]), at.parity());
+        copy_queries(unit, at, warp(), kWarps);
+        describe_groups(unit, at);
+        if (!unit.exists) return false;
+        first = unit.num_tiles;
+        has_last_tiles_ = kLastTiles > 0 && first > kLastTiles;
+        if (has_last_tiles_) last = kLastTiles + 1;
+      }
+      gather_tiles(unit, first, last);
+      if (last == 0) leave_unit(at);
+    }
+    return true;
+  }
 
   // Find the unit for a place as soon as that is free and, so that it goes to the block that needs
   // it first, not long before the one at hand ends.
@@ -144,16 +176,20 @@ class Sm90Loader {
   }
 
   // A warp loads the tiles of K or V, each lane at most one box of a tile; page ids are read a tile
-  // ahead. One arrives at the barrier `wanted`, if there is one, when the next unit is.
+  // ahead. The one of K arrives at the barrier `wanted`, if there is one, when the next unit is.
+  //
+  // All blocks begin at once, and what they ask for at once arrives at once. So the block's first
+  // tile of K, which is needed first, comes before all others.
   template <class Ring>
   __device__ __forceinline__ void load_boxes(const Sm90Unit& unit, const Sm90Cache& cache,
                                              const Ring& ring, uint32_t wanted) {
     using Tile = typename Ring::Tile;
     if (!unit.exists) return;
     constexpr bool kHasAllParts = Tile::kBoxParts > 1;
-    const int num_boxes = Traits::kTokens / cache.box_tokens;  // of a part, or of all parts
-    const int part = lane() / num_boxes * Tile::kBoxParts;
-    const int first = lane() % num_boxes * cache.box_tokens;  // token of the box in its tile
+    // Boxes count tokens part by part, or of all parts at once.
+    const uint32_t tokens_before = lane() * cache.box_tokens;
+    const int part = tokens_before / Traits::kTokens * Tile::kBoxParts;
+    const int first = tokens_before % Traits::kTokens;
     const int head = unit.item.piece.kv_head;
     const uint32_t offset = Tile::Blocks::offset(first, part * Tile::Blocks::Rows::kChunks);
     const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
@@ -182,35 +218,41 @@ class Sm90Loader {
       }
       const int stage = tile_.index();
       const uint32_t barrier = address(ring.full[stage]);
+      const bool is_first_key = wanted != 0 && tile_.n == 0;
+      if (wanted == 0 && tile_.n == 0) {
+        ptx::named_barrier_sync<2 * kWarpSize>(kFirstKeysBarrier);
+      }
       ptx::mbarrier_wait(address(ring.empty[stage]), tile_.empty_parity());
       if (lane() == 0) ptx::mbarrier_arrive_expect_bytes(barrier, Tile::kBytes);
       if (part < Tile::kParts) {
         ptx::tma_load_5d(ptx::shared_address(ring.tiles[stage]) + offset, cache.map, barrier, at);
       }
       __syncwarp();
+      if (is_first_key) {
+        ptx::mbarrier_wait(barrier, tile_.parity());
+        ptx::named_barrier_arrive<2 * kWarpSize>(kFirstKeysBarrier);
+      }
       ++tile_.n;
     }
   }
 
-  // All warps copy the tiles row by row, each its own rows. Where rows of K and V lie is found out
-  // at once, and page ids are read a tile before that. K is kKeysAhead tiles ahead of V: it is
-  // wanted a step earlier, and its place is free a step earlier, but where both are to be widened.
-  __device__ __forceinline__ void gather_tiles(const Sm90Unit& unit) {
-    const int num_tiles = unit.exists ? unit.num_tiles : 0;
-    if (num_tiles == 0) return;
-    TilePlace key_tile = tile_;
+  // All warps copy tiles row by row, each its own rows, in the steps `first` to `last`, from
+  // num_tiles down to 0 in all. Where rows of K and V lie is found out at once, and page ids are
+  // read a tile before that. K is kKeysAhead tiles ahead of V: it is wanted a step earlier, and its
+  // place is free a step earlier, but where both are to be widened.
+  __device__ __forceinline__ void gather_tiles(const Sm90Unit& unit, int first, int last) {
     const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
-    int page = find_page(unit, pages, gathered_token(unit, num_tiles - 1));
+    int page = first > 0 ? find_page(unit, pages, gathered_token(unit, first - 1)) : 0;
 #pragma unroll 1
-    for (int n = num_tiles; n >= 0; --n) {
+    for (int n = first; n >= last; --n) {
       if (n > 0) {
         share_token(unit, n - 1, page);
         if (n > 1) page = find_page(unit, pages, gathered_token(unit, n - 2));
+        const TilePlace key_tile = {tile_.n + (n < unit.num_tiles ? Traits::kKeysAhead : 0)};
         gather_rows<Traits::kQk>(0, key_tile, memory_.loaded_k());
-        ++key_tile.n;
       }
       const int value_tile = n - 1 + Traits::kKeysAhead;
-      if (value_tile >= 0 && value_tile < num_tiles) {
+      if (value_tile >= 0 && value_tile < unit.num_tiles) {
         gather_rows<Traits::kVo>(value_set(value_tile), tile_, memory_.loaded_v());
         ++tile_.n;
       }
@@ -302,6 +344,7 @@ class Sm90Loader {
   const Sm90Units<Traits> units_;
   Memory& memory_;
   TilePlace tile_;
+  bool has_last_tiles_ = false;  // of the unit before, which are still to be gathered
 };
 
 }  // namespace fi

@@ -240,5 +240,6 @@ struct FixedRingPlace {
 inline constexpr int kComputeBarrier = 1;
 inline constexpr int kGroupBarrier = 2;                          // and the next ones: of each group
 inline constexpr int kTurnBarrier = kGroupBarrier + kMaxGroups;  // each group's turn to multiply
+inline constexpr int kFirstKeysBarrier = kTurnBarrier + kMaxGroups;  // the first tile of K is here
 
 }  // namespace fi

@@ -94,16 +94,19 @@ __device__ __forceinline__ void transform_logits(const AttentionParams& p, const
                                                  const ManyRowsItem& item, int first_row,
                                                  int first_token, ScoreTile<Traits>& s) {
   const float cap = p.soft_cap * logit_unit<typename Traits::Variant>();
+  // Scores that are capped side by side: a branch for each would keep them apart, and more of them
+  // than these take registers.
+  constexpr int kColumns = 4;
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
-    for (int j = 0; j < Traits::kTokens / 8; ++j) {
+    for (int first = 0; first < Traits::kTokens / 8; first += kColumns) {
+      float* x = s[m][first];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = s[m][j][e];
-        x *= item.scale;
-        if (cap != 0.f) x = soft_cap_tanh(x) * cap;
-      }
+      for (int i = 0; i < 4 * kColumns; ++i) x[i] *= item.scale;
+      if (cap == 0.f) continue;
+#pragma unroll
+      for (int i = 0; i < 4 * kColumns; ++i) x[i] = soft_cap_tanh(x[i]) * cap;
     }
   }
   if (p.alibi_slopes == nullptr) return;
@@ -168,25 +171,40 @@ __device__ __forceinline__ void mask_logits(const AttentionParams& p, const Work
 
 // Which of a lane's scores of a row, of a tile, its variant lets the row see: a bit each. What the
 // variant loads for them would take more registers than there are, so it does so for a few scores
-// at a time.
+// at a time, or once for a block of keys that are seen together.
 template <class Traits, bool kIsMasked>
 __device__ __forceinline__ uint32_t seen_bits(const PieceVariant<typename Traits::Variant>& variant,
                                               const variants::Row& row, int token) {
   using Piece = PieceVariant<typename Traits::Variant>;
   static_assert(Traits::kTokens / 4 <= 32, "a bit for each score");
+  constexpr int kBlock = kSeenTogether<typename Traits::Variant>;
   uint32_t bits = 0;
-#pragma unroll 4
-  for (int j = 0; j < Traits::kTokens / 8; ++j) {
+  if constexpr (kBlock > 8) {
+    // A tile may begin inside of a block, and its last blocks may have no key.
+    constexpr int kBlocks = (Traits::kTokens + kBlock - 2) / kBlock + 1;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const variants::Pair at = Piece::template pair<kIsMasked>(row, token + 8 * j + e);
-      bits |= uint32_t{variant.sees(at)} << (2 * j + e);
+    for (int n = 0; n < kBlocks; ++n) {
+      const int begin = (token / kBlock + n) * kBlock;
+      const variants::Pair at = Piece::template pair<true>(row, max(begin, token));
+      if (!variant.sees(at)) continue;
+      bits |= low_bits(scores_before<Traits>(begin + kBlock - token)) &
+              ~low_bits(scores_before<Traits>(begin - token));
+    }
+  } else {
+#pragma unroll 4
+    for (int j = 0; j < Traits::kTokens / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const variants::Pair at = Piece::template pair<kIsMasked>(row, token + 8 * j + e);
+        bits |= uint32_t{variant.sees(at)} << (2 * j + e);
+      }
     }
   }
   return bits;
 }
 
-// Make a variant's scores of logits, of which a mask has hidden some where kIsMasked.
+// Make a variant's scores, in units of score_unit(), of logits, of which a mask has hidden some
+// where kIsMasked.
 template <class Traits, bool kIsMasked>
 __device__ __forceinline__ void apply_variant(const AttentionParams& p, const WorkGeometry& g,
                                               const ManyRowsItem& item, int first_row,
@@ -211,7 +229,7 @@ __device__ __forceinline__ void apply_variant(const AttentionParams& p, const Wo
         for (int e = 0; e < 2; ++e) {
           float& x = s[m][j][2 * h + e];
           const variants::Pair at = Piece::template pair<kIsMasked>(row, token + 8 * j + e);
-          x = variant.template score<kIsMasked>(x, at);
+          x = variant.template unscaled<kIsMasked>(x, at);
           if (!(seen >> (2 * j + e) & 1)) x = hidden_score<Variant>();
         }
       }

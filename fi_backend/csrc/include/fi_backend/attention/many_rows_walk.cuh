@@ -28,7 +28,7 @@ struct RequestItems {
 
 // One thread of a block walks for all. Where it stands is in shared memory.
 struct ManyRowsWalk {
-  LinePosition next_start;  // of a cut line: where the next piece begins
+  LinePosition next_start;  // where the next piece begins, of a cut line, or the first whole item
   int32_t worker;           // and the worker of the plan whose pieces these are
   // Of whole items:
   uint32_t num_items;
@@ -58,10 +58,12 @@ struct ManyRowsWalk {
     // All is loaded at once.
     const int32_t has_work = plan.has_work[kManyRows];
     const LinePosition start = plan.starts[kManyRows][worker];
+    const RequestSpan span = plan.spans[kManyRows][worker];
     const auto num_tiles = uint32_t(plan.prefix_cost[kManyRows][num_reqs]);
     deals_items = has_work == kWholeItems;
     num_items = num_tiles * uint32_t(p.num_kv_heads);
     next_start = start;
+    items.span = span;
   }
 
   // False past the last piece; not to be called again after that. Whole items have no holders.
@@ -81,21 +83,22 @@ struct ManyRowsWalk {
 
  private:
   // Blocks ask a counter for items until there is none left; the last one to ask leaves it at 0.
-  // Those that are dealt before save their blocks the time that the counter takes to answer.
+  // Those that are dealt before are in the plan: a step begins at once.
   __device__ __forceinline__ bool next_item(const AttentionParams& p, const WorkGeometry& g,
                                             const FastDivider& group_size, WorkPiece& piece) {
-    uint32_t item = worker;
-    if (has_item || item >= num_dealt) {
+    LinePosition at = next_start;
+    if (has_item || uint32_t(worker) >= num_dealt) {
       int32_t* counter = plan_of(p, g).finished[kManyRows] + g.num_workers;
       const uint32_t asked = atomicAdd(counter, 1);
       if (asked + 1 == num_items + fresh_num_blocks() - num_dealt) *counter = 0;
-      item = num_dealt + asked;
+      const uint32_t item = num_dealt + asked;
+      if (item >= num_items) return false;
+      if (item - items.first >= items.num_items) find_request(p, g, item);
+      at = whole_item(items.request, g.num_kv_heads, items.section_heads, items.num_tiles,
+                      item - items.first);
     }
     has_item = true;
-    if (item >= num_items) return false;
-    if (item - items.first >= items.num_items) find_request(p, g, item);
-    const LinePosition at = whole_item(items.request, g.num_kv_heads, items.section_heads,
-                                       items.num_tiles, item - items.first);
+    if (at.request >= g.num_reqs) return false;
     piece.request = at.request;
     piece.kv_head = at.kv_head;
     piece.q_tile = at.q_tile;

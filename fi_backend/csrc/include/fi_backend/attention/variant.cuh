@@ -29,7 +29,12 @@ class PieceVariant {
   // The score of a key that the variant lets the row see, from its logit in units of logit_unit().
   template <bool kIsMasked>
   __device__ __forceinline__ float score(float logit, const variants::Pair& at) const {
-    const float score = variant_score(variant(), logit, at);
+    return unscaled<kIsMasked>(logit, at) * score_unit<Variant>();
+  }
+  // The same in units of score_unit().
+  template <bool kIsMasked>
+  __device__ __forceinline__ float unscaled(float logit, const variants::Pair& at) const {
+    const float score = unscaled_score(variant(), logit, at);
     return kIsMasked && logit == minus_infinity() ? hidden_score<Variant>() : score;
   }
   __device__ __forceinline__ bool sees(const variants::Pair& at) const {

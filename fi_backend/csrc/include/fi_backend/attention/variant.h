@@ -5,7 +5,10 @@
 // serves every kernel of every target:
 //
 //   float logit(float logit, const Pair& at) const;   another logit for a row and a key
-//   bool sees(const Pair& at) const;                  false hides the key from the row
+//   bool sees(const Pair& at) const;                  false hides the key from the row; beside it,
+//                                                     static constexpr int kKeysSeenTogether = n
+//                                                     says that it is the same for keys i * n to
+//                                                     i * n + n - 1
 //   float weight(float logit, const Pair& at) const;  with kUsesSoftmax = false alone: out is the
 //                                                     sum of weight * v, which nothing normalises
 //   float output(float value, const Row& row, int dim) const;  another value for out[row, dim]
@@ -78,6 +81,13 @@ inline constexpr bool kHasMask = false;
 template <class Variant>
 inline constexpr bool kHasMask<Variant, detail::Void<decltype(&Variant::sees)>> = true;
 
+// Keys of an aligned block of which a row sees all or none.
+template <class Variant, class = void>
+inline constexpr int kSeenTogether = 1;
+template <class Variant>
+inline constexpr int kSeenTogether<Variant, detail::Void<decltype(Variant::kKeysSeenTogether)>> =
+    Variant::kKeysSeenTogether;
+
 template <class Variant, class = void>
 inline constexpr bool kHasWeight = false;
 template <class Variant>
@@ -105,6 +115,7 @@ constexpr bool check_variant() {
                 "a variant has at least one of logit(), sees(), weight() and output()");
   static_assert(kHasWeight<Variant> == !Variant::kUsesSoftmax,
                 "weight() takes the place of softmax: write it if, and only if, use_softmax=False");
+  static_assert(kSeenTogether<Variant> > 0, "kKeysSeenTogether is a number of keys");
   static_assert(sizeof(Variant) <= kMaxVariantBytes, "too many tensors and scalars");
   return true;
 }
@@ -128,18 +139,26 @@ FI_HOST_DEVICE float hidden_score() {
   return Variant::kUsesSoftmax ? -__builtin_inff() : 0.0f;
 }
 
-// From a logit in units of logit_unit() to the variant's score: a base-2 logit or, without softmax,
-// a weight.
+// What an unscaled score is a multiple of.
 template <class Variant>
-FI_HOST_DEVICE float variant_score(const Variant& variant, float logit, const variants::Pair& at) {
+FI_HOST_DEVICE constexpr float score_unit() {
+  return kHasLogit<Variant> && !kHasWeight<Variant> ? kLog2e : 1.0f;
+}
+
+// From a logit in units of logit_unit() to the variant's score in units of score_unit(), for those
+// who scale scores anyway.
+template <class Variant>
+FI_HOST_DEVICE float unscaled_score(const Variant& variant, float logit, const variants::Pair& at) {
   float score = logit;
   if constexpr (kHasLogit<Variant>) score = variant.logit(score, at);
-  if constexpr (kHasWeight<Variant>) {
-    score = variant.weight(score, at);
-  } else if constexpr (kHasLogit<Variant>) {
-    score *= kLog2e;
-  }
+  if constexpr (kHasWeight<Variant>) score = variant.weight(score, at);
   return score;
+}
+
+// The variant's score: a base-2 logit or, without softmax, a weight.
+template <class Variant>
+FI_HOST_DEVICE float variant_score(const Variant& variant, float logit, const variants::Pair& at) {
+  return unscaled_score(variant, logit, at) * score_unit<Variant>();
 }
 
 template <class Variant>

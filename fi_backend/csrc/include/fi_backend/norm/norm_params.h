@@ -16,22 +16,25 @@ struct RowStrides {
 // out = x * rsqrt(mean(x^2) + eps) * (weight + weight_bias), where x = input, or
 // x = input + residual, which is also stored to residual (rounded; the norm uses the exact sum).
 // out may be input. An fp8 or int8 out stores saturate(out / quant_scale).
+//
+// NOTE: members are in the order of a kernel's first uses; see RopeParams for why.
 struct RmsNormParams {
-  const void* input;   // [num_outer, num_inner, hidden_size]
-  void* residual;      // [num_outer, num_inner, hidden_size], read and written; may be nullptr
-  const void* weight;  // [hidden_size]
-  void* out;           // [num_outer, num_inner, hidden_size]
-  const float* quant_scale;  // [1]; nullptr = quant_scale_value
-  RowStrides input_strides;
-  RowStrides residual_strides;
-  RowStrides out_strides;
   int64_t num_outer;
   int64_t num_inner;
   int32_t hidden_size;
+  bool stages_weight;  // CUDA: the launcher sets it; see launch_rmsnorm_kernel
+  bool enable_pdl;     // CUDA: launch as a programmatic dependent of the kernel before
+  const void* weight;  // [hidden_size]
+  const void* input;   // [num_outer, num_inner, hidden_size]
+  void* residual;      // [num_outer, num_inner, hidden_size], read and written; may be nullptr
+  RowStrides input_strides;
+  RowStrides residual_strides;
+  RowStrides out_strides;
+  void* out;                 // [num_outer, num_inner, hidden_size]
+  const float* quant_scale;  // [1]; nullptr = quant_scale_value
   float eps;
   float weight_bias;        // 0, or 1 for the Gemma variants
   float quant_scale_value;  // 1 where out is not quantised
-  bool enable_pdl;          // CUDA: launch as a programmatic dependent of the kernel before
 };
 
 // out = (input - mean) * rsqrt(variance + eps) * gamma + beta, divided by quant_scale as above.

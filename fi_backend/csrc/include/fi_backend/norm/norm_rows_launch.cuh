@@ -30,15 +30,18 @@ inline bool fits_registers(int num_vecs) {
 }
 
 // Launch what holds a row of `num_vecs` accesses in registers, or what loops over it.
-// `in_registers` is nullptr where rows are not made of vectors.
+// `in_registers` is nullptr where rows are not made of vectors; its threads get so much dynamic
+// shared memory each.
 template <class Params>
 cudaError_t launch_norm_rows(void (*in_registers)(Params), void (*looping)(Params), int num_vecs,
-                             const Params& p, cudaStream_t stream) {
+                             const Params& p, cudaStream_t stream,
+                             int shared_bytes_per_thread = 0) {
   const int64_t num_rows = p.num_outer * p.num_inner;
   if (in_registers != nullptr && fits_registers(num_vecs)) {
     const dim3 block = make_row_block(num_vecs);
     const int64_t num_blocks = (num_rows + block.y - 1) / block.y;
-    return launch(in_registers, num_blocks, block, stream, p.enable_pdl, p);
+    const int shared_bytes = int(block.x * block.y) * shared_bytes_per_thread;
+    return launch(in_registers, num_blocks, block, shared_bytes, stream, p.enable_pdl, p);
   }
   return launch(looping, num_rows, make_long_row_block(num_vecs), stream, p.enable_pdl, p);
 }

@@ -6,7 +6,9 @@
 #include <fi_backend/common/scale_divider.cuh>
 #include <fi_backend/common/vec.cuh>
 #include <fi_backend/norm/norm_rows.cuh>
+#include <fi_backend/ptx/cp_async.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
+#include <fi_backend/ptx/ldmatrix.cuh>
 
 namespace fi {
 
@@ -76,8 +78,27 @@ __device__ __forceinline__ typename Traits::OutVec scale_x(float (&x)[Traits::kV
   return Traits::OutVec::from_floats(x);
 }
 
+// Copy a thread's weights, which are blockDim.x accesses apart, to shared memory. Return where they
+// are, as far apart, once the thread has waited for them.
+template <class InVec>
+__device__ __forceinline__ const InVec* stage_weights(const InVec* weights, int num_vecs) {
+  static_assert(sizeof(InVec) == sizeof(uint4), "one copy moves one access");
+  extern __shared__ uint4 staged_weights[];  // [blockDim.y, kNormVecsPerThread, blockDim.x]
+  uint4* staged = staged_weights + threadIdx.y * kNormVecsPerThread * blockDim.x + threadIdx.x;
+  const uint32_t address = ptx::shared_address(staged);
+#pragma unroll
+  for (int v = 0; v < kNormVecsPerThread; ++v) {
+    const int step = v * blockDim.x;
+    const bool is_mine = step + int(threadIdx.x) < num_vecs;
+    if (is_mine) ptx::cp_async_16_in_l1(address + step * int(sizeof(uint4)), weights + step);
+  }
+  ptx::cp_async_commit();
+  return reinterpret_cast<const InVec*>(staged);
+}
+
 // Rows that fit in the registers of one block, so that they are read once. Block: x = threads of a
 // row (a power of two up to a warp, or whole warps and then y = 1), y = rows; grid: all rows.
+// Dynamic shared memory: where p.stages_weight, kNormVecsPerThread accesses a thread.
 template <class Traits>
 __global__ void __launch_bounds__(kNormMaxThreads)
     rmsnorm_kernel(const __grid_constant__ RmsNormParams p) {
@@ -99,9 +120,14 @@ __global__ void __launch_bounds__(kNormMaxThreads)
   // Start every load before the first use. NOTE: these loads allocate in L1, although nothing is
   // read again: the kernel is 3 % slower on an H200 where they do not.
   InVec input[kVecs], residual[kVecs], weight[kVecs];
+  const InVec* late_weights = static_cast<const InVec*>(p.weight) + threadIdx.x;
+  if constexpr (!Traits::kHasResidual) {
 #pragma unroll
-  for (int v = 0; v < kVecs; ++v) {
-    if (is_mine(v)) weight[v] = InVec::load(static_cast<const In*>(p.weight) + element(v));
+    for (int v = 0; v < kVecs; ++v) {
+      if (is_mine(v)) weight[v] = InVec::load(static_cast<const In*>(p.weight) + element(v));
+    }
+  } else if (p.stages_weight) {
+    late_weights = stage_weights(late_weights, num_elements / kVecSize);
   }
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -121,9 +147,11 @@ __global__ void __launch_bounds__(kNormMaxThreads)
 
   const float rsqrt_mean = rsqrtf(sum / p.hidden_size + p.eps);
   const ScaleDivider divide(p.quant_scale ? *p.quant_scale : p.quant_scale_value);
+  if constexpr (Traits::kHasResidual) ptx::cp_async_wait<0>();
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (!is_mine(v)) break;
+    if constexpr (Traits::kHasResidual) weight[v] = late_weights[v * blockDim.x];
     // Both results leave together: memory turns round from reads to writes once a row.
     if constexpr (Traits::kHasResidual) InVec::from_floats(x[v]).store(row.residual + element(v));
     scale_x<Traits>(x[v], weight[v], rsqrt_mean, p.weight_bias, divide).store(row.out + element(v));

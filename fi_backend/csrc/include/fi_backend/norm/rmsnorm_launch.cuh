@@ -23,12 +23,22 @@ inline void collapse_rows(RmsNormParams& p) {
   p.num_inner = 1;
 }
 
+// With a residual, weights kept in registers from the first load to the last store would leave room
+// for an eighth fewer blocks: they are read behind the sum. From so many accesses of x on, other
+// blocks fill that wait. Where there are fewer, shared memory has them, asked for before the rows.
+inline constexpr int64_t kManyNormAccesses = 1 << 23;
+
 template <class Traits>
-cudaError_t launch_rmsnorm_kernel(const RmsNormParams& p, cudaStream_t stream) {
+cudaError_t launch_rmsnorm_kernel(const RmsNormParams& params, cudaStream_t stream) {
   void (*in_registers)(RmsNormParams) = nullptr;
   if constexpr (Traits::kVecSize > 1) in_registers = rmsnorm_kernel<Traits>;
-  return launch_norm_rows(in_registers, rmsnorm_long_kernel<Traits>,
-                          p.hidden_size / Traits::kVecSize, p, stream);
+  const int num_vecs = params.hidden_size / Traits::kVecSize;
+  RmsNormParams p = params;
+  p.stages_weight =
+      Traits::kHasResidual && p.num_outer * p.num_inner * num_vecs < kManyNormAccesses;
+  const int shared_bytes = p.stages_weight ? kNormVecsPerThread * kMaxAccessBytes : 0;
+  return launch_norm_rows(in_registers, rmsnorm_long_kernel<Traits>, num_vecs, p, stream,
+                          shared_bytes);
 }
 
 template <class In, class Out, bool kHasResidual>

@@ -46,19 +46,27 @@ class SlotLookup {
     if (by_slot_) {
       const int64_t slot = slot_.get();
       if (slot < 0) return kSkip;
-      const QuotRem at = divide_index(slot, p.page_size);
+      const QuotRem at = slot >> 31 == 0 ? find_in_pages(p, static_cast<int32_t>(slot))
+                                         : divide_index(slot, p.page_size);
       return at.quot < p.num_pages ? CacheSlot{at.quot, at.rem} : kSkip;
     }
     use_from_here(request_, position_);
     if (request_ < 0 || request_ >= p.num_requests || position_ < 0) return kSkip;
     const int64_t begin = p.kv_indptr[request_], end = p.kv_indptr[request_ + 1];
-    const int64_t entry = begin + position_ / p.page_size;
+    const QuotRem at = find_in_pages(p, position_);
+    const int64_t entry = begin + at.quot;
     if (entry < 0 || entry >= end || entry >= p.num_kv_indices) return kSkip;
     const int32_t page = p.kv_indices[entry];
-    return page >= 0 && page < p.num_pages ? CacheSlot{page, position_ % p.page_size} : kSkip;
+    return page >= 0 && page < p.num_pages ? CacheSlot{page, at.rem} : kSkip;
   }
 
  private:
+  // NOTE: no division, 40 dependent instructions between an index's arrival and the first store.
+  __device__ __forceinline__ static QuotRem find_in_pages(const AppendParams& p, int32_t index) {
+    const int32_t page = p.by_page_size(uint32_t(index));
+    return {page, index - page * p.page_size};
+  }
+
   bool by_slot_;
   EarlyIndex slot_;
   int32_t request_, position_;

@@ -1,6 +1,7 @@
 // Arguments of the kernel that writes new K and V rows into a paged cache, shared by every target.
 #pragma once
 
+#include <fi_backend/common/div.h>
 #include <fi_backend/common/macros.h>
 
 namespace fi {
@@ -24,36 +25,39 @@ struct TokenStrides {
 // (The length of a request's last page is not needed to find an address.)
 // A token is skipped if its slot or batch index is negative, and also if it lies outside the cache,
 // the batch or its request's pages: a kernel never writes where the caller owns nothing.
+//
+// NOTE: members are in the order of a kernel's first uses; see RopeParams for why.
 struct AppendParams {
-  const void* key;               // [num_tokens, num_kv_heads, head_dim_qk]
-  const void* value;             // [num_tokens, num_kv_heads, head_dim_vo]
-  void* key_cache;               // [num_pages, page_size, num_kv_heads, head_dim_qk]
-  void* value_cache;             // [num_pages, page_size, num_kv_heads, head_dim_vo]
-  const void* slot_mapping;      // [num_tokens], int64 or int32; nullptr = the other form
-  const int32_t* batch_indices;  // [num_tokens]
-  const int32_t* positions;      // [num_tokens]
-  const int32_t* kv_indptr;      // [num_requests + 1], counted in pages
-  const int32_t* kv_indices;     // [num_kv_indices], page ids
-  const float* k_scale;          // [], [1] or [num_kv_heads]; nullptr = k_scale_value for all
-  const float* v_scale;          // [], [1] or [num_kv_heads]; nullptr = v_scale_value for all
-  TokenStrides key_strides;      // in elements, as all strides here
-  TokenStrides value_strides;
-  PageStrides key_cache_strides;
-  PageStrides value_cache_strides;
+  const void* slot_mapping;  // [num_tokens], int64 or int32; nullptr = the other form
+  const void* key;           // [num_tokens, num_kv_heads, head_dim_qk]
+  const void* value;         // [num_tokens, num_kv_heads, head_dim_vo]
   int64_t num_tokens;
-  int64_t num_pages;
-  int64_t num_kv_indices;
-  int32_t num_requests;
-  int32_t page_size;  // any value >= 1
   int32_t num_kv_heads;
   int32_t head_dim_qk;
   int32_t head_dim_vo;
-  float k_scale_value;  // an fp8 cache stores saturate(x / scale); 16- and 32-bit caches ignore it
+  bool slot_mapping_is_int64;
+  bool enable_pdl;           // CUDA: launch as a programmatic dependent of the kernel before
+  TokenStrides key_strides;  // in elements, as all strides here
+  TokenStrides value_strides;
+  const int32_t* batch_indices;  // [num_tokens]
+  const int32_t* positions;      // [num_tokens]
+  int32_t page_size;             // any value >= 1
+  int32_t num_requests;
+  FastDivider by_page_size;  // make_fast_divider(page_size)
+  int64_t num_pages;
+  PageStrides key_cache_strides;
+  PageStrides value_cache_strides;
+  void* key_cache;       // [num_pages, page_size, num_kv_heads, head_dim_qk]
+  void* value_cache;     // [num_pages, page_size, num_kv_heads, head_dim_vo]
+  const float* k_scale;  // [], [1] or [num_kv_heads]; nullptr = k_scale_value for all
+  const float* v_scale;  // [], [1] or [num_kv_heads]; nullptr = v_scale_value for all
+  float k_scale_value;   // an fp8 cache stores saturate(x / scale); 16- and 32-bit caches ignore it
   float v_scale_value;
   int32_t k_scale_head_stride;  // of k_scale: 0 = one scale for all heads, 1 = one per head
   int32_t v_scale_head_stride;
-  bool slot_mapping_is_int64;
-  bool enable_pdl;  // CUDA: launch as a programmatic dependent of the kernel before
+  const int32_t* kv_indptr;   // [num_requests + 1], counted in pages
+  const int32_t* kv_indices;  // [num_kv_indices], page ids
+  int64_t num_kv_indices;
 };
 
 }  // namespace fi

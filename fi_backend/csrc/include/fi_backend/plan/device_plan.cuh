@@ -198,10 +198,7 @@ __device__ __forceinline__ void plan_line(const Team& team, const PlannedBatch& 
     }
   }
   team.sync();
-  if (has_work == kWholeItems) {
-    count_tiles(team, p, memory, prefix);
-    total = 0;  // to be cut
-  }
+  if (has_work == kWholeItems) count_tiles(team, p, memory, prefix);
 
   // Find where workers begin.
   const bool keeps_starts = g.num_workers < CutMemory::kMaxStarts;
@@ -210,10 +207,17 @@ __device__ __forceinline__ void plan_line(const Team& team, const PlannedBatch& 
   FI_NO_UNROLL
   for (int32_t w = team.thread(); w <= g.num_workers; w += team.num_threads()) {
     plan.finished[kLine][w] = 0;
-    const int64_t at = w < active ? worker_cost(total, active, w) : total;
     const auto keep = [&](const LinePosition& start) {
       if (keeps_starts) memory.cuts.starts[w] = start;
     };
+    const auto find_span = [&](int32_t request) {
+      return request_span(p.qo_indptr, p.kv_lens, g.num_reqs, request, p.first_pages);
+    };
+    if (has_work == kWholeItems) {
+      keep(plan_whole_item(g, prefix, find_span, w, plan));
+      continue;
+    }
+    const int64_t at = w < active ? worker_cost(total, active, w) : total;
     if (at >= total) {
       keep(plan_end(g, kLine, w, plan));
       continue;
@@ -221,9 +225,6 @@ __device__ __forceinline__ void plan_line(const Team& team, const PlannedBatch& 
     const int32_t sample = last_at_most(memory.samples, 0, num_samples, at) * sample_stride;
     const int32_t r = last_at_most(prefix, sample, min(sample + sample_stride, g.num_reqs), at);
     const int64_t cost_before = sample_stride == 1 ? memory.samples[r] : prefix[r];
-    const auto find_span = [&](int32_t request) {
-      return request_span(p.qo_indptr, p.kv_lens, g.num_reqs, request, p.first_pages);
-    };
     keep(plan_start(g, kLine, r, find_span(r), find_span(r + 1), at - cost_before, w, plan));
   }
   team.sync();

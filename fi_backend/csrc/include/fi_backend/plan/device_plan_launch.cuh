@@ -22,9 +22,8 @@ inline cudaError_t device_plan(const DevicePlanParams& p, cudaStream_t stream) {
 }
 
 inline cudaError_t shared_plan(const SharedPlanParams& p, cudaStream_t stream) {
-  const dim3 block(plan_block(p.batch.geometry).x + kGroupPlanThreads);
-  return launch(shared_plan_kernel, kNumLines + p.num_search_blocks, block, stream, p.enable_pdl,
-                p);
+  return launch(shared_plan_kernel, kNumLines + p.num_search_blocks, plan_block(p.batch.geometry),
+                stream, p.enable_pdl, p);
 }
 
 }  // namespace fi

@@ -30,7 +30,7 @@ struct WorkGeometry {
   int32_t cut_tokens;        // where split is 0, an item is cut at multiples of this power of two
   int32_t min_piece_tokens;  // and a cut that would leave less moves to the item's edge
   int32_t item_overhead;     // cost of an item besides its keys, in units (work_cost.h)
-  int32_t teams_per_sm;     // of the few-row kernel, for few rows; 0 = all workers are active
+  int32_t teams_per_sm;      // of the few-row kernel, for few rows; 0 = all workers are active
   int32_t section_tokens;    // whose K and V, of one head, fit the L2 cache; see whole_item()
   int32_t shares_sms;        // 0 or 1: one kernel runs both lines, see shared_sms.h
   int32_t kept_states;       // of rows of groups, room for those of all parts of items; -1 = their

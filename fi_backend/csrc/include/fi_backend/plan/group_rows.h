@@ -1,8 +1,10 @@
 // The batch that groups of requests make (shared_prefix.h), and where its states go.
 //
-// Groups of the first level come first, a third of the batch, then those of the second. Each level
-// has all rows in the same order: a row is in one group of each, which may have no keys. The states
-// of a row, over the parts of the keys of both groups, lie beside each other.
+// A third of the batch has room for groups of the first level, which are at its end, and the rest
+// for those of the second, at its beginning: between the groups that there are is none that does
+// not exist, over which a walk along the line would stumble one by one. Each level has all rows in
+// the same order: a row is in one group of each, which may have no keys. The states of a row, over
+// the parts of the keys of both groups, lie beside each other.
 #pragma once
 
 #include <fi_backend/plan/work_line.h>
@@ -24,6 +26,14 @@ struct GroupRows {
 FI_HOST_DEVICE GroupRows group_rows(const int32_t* indptr, int32_t num_groups) {
   const int32_t num_rows = indptr[num_first_groups(num_groups)];
   return {num_rows, indptr[num_groups] > num_rows ? 2 : 1};
+}
+
+// Of a line that is cut, move the start of worker w, if it is the line's end, to where the groups
+// that exist end.
+FI_HOST_DEVICE void end_behind_groups(const WorkGeometry& g, int32_t end_group, int32_t w,
+                                      const PlanView& plan) {
+  LinePosition& start = plan.starts[kManyRows][w];
+  if (start.request == g.num_reqs) start.request = end_group;
 }
 
 // Where the states of a row over the parts of a group's keys begin, and how many there is room for.

@@ -45,7 +45,6 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     if (line == kFewRows) *plan.few_row_blocks = few_row_blocks(geometry, load, sharing);
     if (line == kManyRows && deals_whole_items(geometry, items, active)) {
       plan.has_work[line] = kWholeItems;
-      total = 0;  // to be cut
       for (int32_t r = 0; r < geometry.num_reqs; ++r) {
         const int32_t qo_len = request_lens(qo_indptr, kv_lens, r).qo_len;
         prefix[r + 1] = prefix[r] + num_q_tiles(geometry, line, qo_len);
@@ -53,23 +52,31 @@ inline void plan_work(const WorkGeometry& geometry, const int32_t* qo_indptr,
     }
     for (int32_t w = 0; w <= geometry.num_workers; ++w) {
       plan.finished[line][w] = 0;
+      const auto span = [&](int32_t request) {
+        return request_span(qo_indptr, kv_lens, geometry.num_reqs, request, first_pages);
+      };
+      if (plan.has_work[line] == kWholeItems) {
+        plan_whole_item(geometry, prefix, span, w, plan);
+        continue;
+      }
       const int64_t cost = w < active ? worker_cost(total, active, w) : total;
       if (cost >= total) {
         plan_end(geometry, line, w, plan);
         continue;
       }
       const int32_t r = last_at_most(prefix, 0, geometry.num_reqs, cost);
-      const auto span = [&](int32_t request) {
-        return request_span(qo_indptr, kv_lens, geometry.num_reqs, request, first_pages);
-      };
       plan_start(geometry, line, r, span(r), span(r + 1), cost - prefix[r], w, plan);
     }
     plan_cuts(plan.starts[line], geometry.num_workers, plan.cuts[line]);
   }
   *plan.num_parts = 1;
   if (geometry.kept_states == 0) return;
-  for (int32_t w = 0; geometry.kept_states > 0 && w <= geometry.num_workers; ++w) {
-    const int32_t holders = plan.cuts[kManyRows][w].num_holders;
+  int32_t end_group = geometry.num_reqs;
+  while (end_group > 0 && qo_indptr[end_group - 1] == qo_indptr[end_group]) --end_group;
+  const bool is_cut_line = plan.has_work[kManyRows] == kCutLine;
+  for (int32_t w = 0; w <= geometry.num_workers; ++w) {
+    if (is_cut_line) end_behind_groups(geometry, end_group, w, plan);
+    const int32_t holders = geometry.kept_states < 0 ? 1 : plan.cuts[kManyRows][w].num_holders;
     if (holders > *plan.num_parts) *plan.num_parts = holders;
   }
   *plan.num_parts *= group_rows(qo_indptr, geometry.num_reqs).num_levels;

@@ -29,10 +29,11 @@ struct PrefixGroups {
   int32_t outer_pages[kMaxSharing];
   int16_t unit_of[kMaxSharing];  // each request's
   bool has_units;                // that have something in common with another
-  bool has_second;               // groups behind others
-  int64_t saved_keys;            // of all groups
-  int32_t end_row;               // of the last group
-  int32_t num_groups[2];         // of each level
+  bool has_outer_units;
+  bool has_second;        // groups behind others
+  int64_t saved_keys;     // of all groups
+  int32_t end_row;        // of the last group
+  int32_t num_groups[2];  // of each level
 };
 
 // Sort keys: the leader, the pages in common, most first, and the unit.
@@ -149,21 +150,15 @@ FI_TEAM_FUNCTION void make_outer_units(const Team& team, const SharedPrefixParam
     const int32_t shared = match.leader < 0 ? 0 : groups.inner_pages[match.leader];
     const bool is_member = shared > 0 && match.num_pages >= shared;
     groups.unit_of[r] = static_cast<int16_t>(is_member ? match.leader : r);
-    groups.first[r] = is_member ? shared : match.num_pages;
-    if (r == 0) groups.has_units = false;
-  });
-  team.for_each(n, [&](int32_t r) {
-    const PrefixMatch match = groups.units[r];
-    const int32_t unit = groups.unit_of[r];
-    const PrefixMatch top = match.leader < 0 ? match : p.matches[match.leader];
-    if (unit != r) {
+    if (is_member && match.leader != r) {
       groups.units[r] = {-1, 0};
       return;
     }
-    const int32_t pages = groups.first[r];
+    const PrefixMatch top = match.leader < 0 ? match : p.matches[match.leader];
+    const int32_t pages = is_member ? shared : match.num_pages;
     groups.units[r] = {top.leader, pages < top.num_pages ? pages : top.num_pages};
     if (groups.inner_pages[r] > 0) groups.unit_rows[r] = groups.sums[r] & kSumMask;
-    if (top.leader >= 0 && top.leader != r) groups.has_units = true;
+    if (top.leader >= 0 && top.leader != r) groups.has_outer_units = true;
   });
 }
 
@@ -226,9 +221,10 @@ FI_HOST_DEVICE void write_place(const SharedPrefixParams& p, const PrefixGroups&
   const int32_t request = unit_of_key(groups.order[place]);
   const PrefixPlace at = find_place(p, groups, request);
   const int32_t page_size = p.pages.page_size;
+  const int32_t end_first = num_first_groups(max_groups(p.geometry.num_reqs));
   for (int level = 0; level < num_levels; ++level) {
     if (behind.groups(level) == before.groups(level)) continue;
-    const int32_t first = level == 0 ? 0 : num_first_groups(max_groups(p.geometry.num_reqs));
+    const int32_t first = level == 0 ? end_first - groups.num_groups[0] : end_first;
     const int32_t group = first + before.groups(level);
     const int32_t num_pages = level == 0 ? at.outer_end : at.inner_end - at.outer_end;
     p.group_indptr[group] = level * groups.end_row + row;
@@ -287,14 +283,14 @@ FI_TEAM_FUNCTION void place_members(const Team& team, const SharedPrefixParams& 
   });
 }
 
-// Form groups from p.matches, and write them. All threads of the team call this. True if there are
-// groups.
+// Form groups from p.matches, and write them. All threads of the team call this. Returns where the
+// groups end in their batch, see end_behind_groups(); 0 if there are none.
 template <class Team>
-FI_TEAM_FUNCTION bool form_groups(const Team& team, const SharedPrefixParams& p,
-                                  PrefixGroups& groups) {
+FI_TEAM_FUNCTION int32_t form_groups(const Team& team, const SharedPrefixParams& p,
+                                     PrefixGroups& groups) {
   const int32_t n = num_searched(p.geometry.num_reqs);
   team.for_each(1, [&](int32_t) {
-    groups.has_units = groups.has_second = false;
+    groups.has_units = groups.has_outer_units = groups.has_second = false;
     groups.saved_keys = 0;
     groups.end_row = groups.num_groups[0] = groups.num_groups[1] = 0;
   });
@@ -302,7 +298,7 @@ FI_TEAM_FUNCTION bool form_groups(const Team& team, const SharedPrefixParams& p,
   if (groups.has_units) {
     group_units(team, p, groups, n, 0, groups.inner_pages);
     make_outer_units(team, p, groups, n);
-    const bool may_nest = groups.has_units;
+    const bool may_nest = groups.has_outer_units;
     if (may_nest) group_units(team, p, groups, n, p.worth_keys, groups.outer_pages);
     // Else requests are in the order of leaders already.
     place_members(team, p, groups, n, !may_nest);
@@ -311,21 +307,20 @@ FI_TEAM_FUNCTION bool form_groups(const Team& team, const SharedPrefixParams& p,
   const int32_t num_rows = num_levels * groups.end_row;
   const int64_t of_rows = divide_index(p.worth_keys * num_rows, kRowsWorthAsMuch).quot;
   const bool shares = groups.end_row > 0 && groups.saved_keys >= p.worth_keys + of_rows;
-  // Groups that do not exist are behind the others of their level.
+  // Groups that do not exist are before and behind the others.
   const int32_t most = max_groups(p.geometry.num_reqs);
-  const int32_t most_first = num_first_groups(most);
+  const int32_t end_first = num_first_groups(most);
+  const int32_t begin = end_first - groups.num_groups[0];
+  const int32_t end = end_first + (num_levels == 1 ? 0 : groups.num_groups[1]);
   team.for_each(most + 1, [&](int32_t i) {
-    const int level = i >= most_first;
-    const bool exists =
-        shares && level < num_levels && i - level * most_first < groups.num_groups[level];
-    if (exists) return;
-    p.group_indptr[i] = !shares ? 0 : level == 0 ? groups.end_row : num_rows;
+    if (shares && i >= begin && i < end) return;
+    p.group_indptr[i] = shares && i >= end ? num_rows : 0;
     p.group_tables[i] = 0;
     if (i < most) p.group_lens[i] = 0;
   });
-  if (!shares) return false;
+  if (!shares) return 0;
   team.for_each(n, [&](int32_t i) { write_place(p, groups, i, num_levels); });
-  return true;
+  return end;
 }
 
 }  // namespace fi

@@ -112,18 +112,24 @@ FI_HOST_DEVICE int num_like_keys(const SharedPrefixParams& p, const int32_t* tab
 FI_HOST_DEVICE int32_t choose_leader(const SharedPrefixParams& p, const KeyCounts& counts,
                                      int32_t request) {
   constexpr uint32_t kOnce = 1 << 20;
-  if (counts.count[0] < 2) return request;
-  uint32_t saved_share[kKeyDepths];  // of readings that are not done
-  for (int depth = 0; depth < kKeyDepths; ++depth) {
-    const uint32_t count = counts.count[depth];
-    saved_share[depth] = count < 2 ? 0 : kOnce - kOnce / count;
-  }
+  const auto saved_share = [&](int depth) {  // of readings that are not done
+    return kOnce - kOnce / uint32_t(counts.count[depth]);
+  };
+  // Where all go on to the next depth, that one is better. Few depths are left, mostly one.
+  const auto some_leave = [&](int depth) {
+    const int32_t count = counts.count[depth];
+    return count > 1 && (depth + 1 == kKeyDepths || counts.count[depth + 1] < count);
+  };
   int32_t leader = request;
   int64_t best = 0;
+  FI_NO_UNROLL
   for (int inner = 0; inner < kKeyDepths; ++inner) {
+    if (!some_leave(inner)) continue;
+    FI_NO_UNROLL
     for (int outer = 0; outer <= inner; ++outer) {
+      if (!some_leave(outer)) continue;
       const int64_t behind = key_depth(p, inner) - key_depth(p, outer);
-      const int64_t saved = key_depth(p, outer) * saved_share[outer] + behind * saved_share[inner];
+      const int64_t saved = key_depth(p, outer) * saved_share(outer) + behind * saved_share(inner);
       if (saved <= best) continue;
       best = saved;
       const int32_t first = counts.first[inner];

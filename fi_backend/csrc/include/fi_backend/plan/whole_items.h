@@ -10,10 +10,11 @@
 
 namespace fi {
 
-// What PlanView::has_work says of a line.
+// What PlanView::has_work says of a line. Workers begin where PlanView::starts says.
 constexpr int kNoWork = 0;
-constexpr int kCutLine = 1;     // workers begin where PlanView::starts says
-constexpr int kWholeItems = 2;  // PlanView::prefix_cost counts the query tiles of requests before
+constexpr int kCutLine = 1;
+constexpr int kWholeItems = 2;  // workers have an item each at most, and blocks find the others:
+                                // PlanView::prefix_cost counts the query tiles of requests before
 
 // What the items of the many-row line have in sum.
 struct ItemsLoad {
@@ -73,6 +74,27 @@ FI_HOST_DEVICE LinePosition whole_item(int32_t request, uint32_t num_heads, uint
   const uint32_t tile = in_section / heads;
   return {request, static_cast<int32_t>(first_head + in_section - tile * heads),
           static_cast<int32_t>(num_tiles - 1 - tile), 0};
+}
+
+// Write what worker w begins with where items are dealt whole, which is item w: blocks need not
+// look for it. tiles_before: PlanView::prefix_cost. Return its place, or the line's end.
+template <class FindSpan>
+FI_HOST_DEVICE LinePosition plan_whole_item(const WorkGeometry& g, const int64_t* tiles_before,
+                                            const FindSpan& find_span, int32_t w,
+                                            const PlanView& plan) {
+  const int64_t num_items = tiles_before[g.num_reqs] * g.num_kv_heads;
+  if (w >= num_items) return plan_end(g, kManyRows, w, plan);
+  const int32_t tiles = w / g.num_kv_heads;
+  const int32_t r = last_at_most(tiles_before, 0, g.num_reqs, tiles);
+  const RequestSpan span = find_span(r);
+  const auto before = static_cast<uint32_t>(tiles_before[r]);
+  const uint32_t num_tiles = static_cast<uint32_t>(tiles_before[r + 1]) - before;
+  const LinePosition item =
+      whole_item(r, g.num_kv_heads, section_heads(g, span.kv_len), num_tiles,
+                 static_cast<uint32_t>(w) - before * static_cast<uint32_t>(g.num_kv_heads));
+  plan.starts[kManyRows][w] = item;
+  plan.spans[kManyRows][w] = span;
+  return item;
 }
 
 }  // namespace fi

@@ -24,6 +24,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
                : "memory");
 }
 
+// Copy 16 bytes that other blocks of this SM read too.
+__device__ __forceinline__ void cp_async_16_in_l1(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // What is read once: lines that make room in the L2 cache before all others do.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
