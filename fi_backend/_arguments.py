@@ -190,8 +190,10 @@ def layer_spec(
         )
     theta = _DEFAULT_ROPE_THETA if rope_theta is None else float(rope_theta)
     rotate = pos_encoding_mode == "ROPE_LLAMA"
-    if rotate and theta <= 0:
-        raise ValueError(f"rope_theta must be above 0; got {rope_theta}")
+    scale = 1.0 if rope_scale is None else float(rope_scale)
+    for name, value in (("rope_theta", theta), ("rope_scale", scale)):
+        if rotate and not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and above 0; got {value}")
     return AttentionSpec(
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
@@ -209,7 +211,7 @@ def layer_spec(
         sinks=sinks,
         custom_mask=custom_mask,
         rope_theta=theta if rotate else 0.0,
-        rope_scale=float(rope_scale) if rotate and rope_scale is not None else 1.0,
+        rope_scale=scale if rotate else 1.0,
     )
 
 

@@ -134,6 +134,9 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             head_dim: size of a head.
             page_size: tokens a page holds.
             pos_encoding_mode: "NONE", "ROPE_LLAMA" or "ALIBI". This and what follows are keywords.
+                "ROPE_LLAMA" rotates q and keys that are not rotated in the cache. On a GPU each run
+                does so in copies of the step's keys and values, so engines rotate keys once, before
+                they append them.
             window_left: keys left of its own position that a token sees, -1 for all.
             logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
             q_data_type, kv_data_type, o_data_type: "float16", q_data_type and q_data_type.

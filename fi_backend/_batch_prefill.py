@@ -188,7 +188,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             packed_custom_mask: uint8, the same as bits, lowest first, every request at a byte of
                 its own (segment_packbits with bitorder="little"); takes precedence.
             causal: row i of a request sees keys up to i + kv_len - qo_len.
-            pos_encoding_mode: "NONE", "ROPE_LLAMA" or "ALIBI".
+            pos_encoding_mode: "NONE", "ROPE_LLAMA" or "ALIBI". "ROPE_LLAMA" rotates q and keys that
+                are not rotated in the cache. On a GPU each run does so in copies of the step's keys
+                and values, so engines rotate keys once, before they append them.
             use_fp16_qk_reduction: a permission that is not used; sums are float32.
             sm_scale: factor on q . k; 1 / sqrt(head_dim_qk) if None.
             window_left: keys left of its own position that a row sees; -1 for all.

@@ -18,6 +18,7 @@ from fi_backend._arguments import (
     ragged_cache,
 )
 from fi_backend._custom_mask import resolve_mask
+from fi_backend._rotated_keys import split_rotation
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
@@ -130,7 +131,8 @@ def _attend(
     )
     if variant is not None:
         spec = replace(spec, variant=variant)
-    layer = PagedAttention(spec, q.device)
+    kernel_spec, rotation = split_rotation(spec, q.device)
+    layer = PagedAttention(kernel_spec, q.device)
     # Made on the device, so that a CUDA graph can hold the call: it cannot copy from the host.
     zero_and_one = torch.arange(2, dtype=torch.int32, device=q.device)
     batch = PagedBatch.ragged(zero_and_one * q.shape[0], zero_and_one * kv_len)
@@ -141,11 +143,15 @@ def _attend(
         torch.tensor([kv_len], device="cpu"),
         q.device,
     )
-    step = plan(spec, batch, _workspace(q.device))
+    step = plan(kernel_spec, batch, _workspace(q.device))
+    step = replace(step, num_tokens=q.shape[0], num_ragged_rows=kv_len)
+    cache = (keys, values)
+    if rotation is not None:
+        step, q, cache = rotation.apply(step, q, cache)
     layer.run(
-        replace(step, num_tokens=q.shape[0], num_ragged_rows=kv_len),
+        step,
         q,
-        (keys, values),
+        cache,
         out=out,
         lse=lse,
         alibi_slopes=alibi_slopes(spec.num_qo_heads, q.device) if spec.alibi else None,

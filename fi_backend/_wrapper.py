@@ -21,6 +21,7 @@ from fi_backend._arguments import (
     to_variant,
 )
 from fi_backend._page_table import check_fits, fill, own_copy, to_device
+from fi_backend._rotated_keys import KeyRotation, split_rotation
 from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
@@ -59,7 +60,9 @@ class AttentionWrapper(ABC):
         self._fixed: tuple[AttentionSpec, int] | None = None
         self._fixed_plans: dict[Geometry, Plan] = {}
         self._spec: AttentionSpec | None = None
+        self._kernel_spec: AttentionSpec | None = None  # without the rotation, if that goes before
         self._plan: Plan | None = None
+        self._rotation: KeyRotation | None = None
         # By what a run may still choose: whether there are sinks, and sm_scale.
         self._layers: dict[tuple[bool, float], PagedAttention] = {}
         self._alibi_slopes: torch.Tensor | None = None
@@ -201,11 +204,12 @@ class AttentionWrapper(ABC):
     def _workspace_size(self, spec: AttentionSpec, batch_size: int) -> tuple[int, int]:
         """Bytes of the float and of the integer workspace that a plan for `spec` needs."""
         spec = replace(spec, variant=self._variant)
+        kernel_spec, _ = split_rotation(spec, self._device)
         planner = host_plan if self._device.type == "cpu" else device_plan
         int_bytes = 4 * planner.plan_buffer_ints(
             max_reqs=batch_size, num_workers=default_workers(self._device)
         )
-        total = workspace_bytes(spec, batch_size, max_tokens=0, device=self._device)
+        total = workspace_bytes(kernel_spec, batch_size, max_tokens=0, device=self._device)
         return total - int_bytes, int_bytes
 
     def _plan_batch(
@@ -230,11 +234,14 @@ class AttentionWrapper(ABC):
         """
         if spec.variant != self._variant:
             spec = replace(spec, variant=self._variant)
-        layers = self._layers
-        if spec != self._spec:
-            layers = {(spec.sinks, spec.sm_scale): PagedAttention(spec, self._device)}
+        layers, kernel_spec, rotation = self._layers, self._kernel_spec, self._rotation
+        if kernel_spec is None or spec != self._spec:
+            kernel_spec, rotation = split_rotation(spec, self._device)
+            layers = {(spec.sinks, spec.sm_scale): PagedAttention(kernel_spec, self._device)}
+            if rotation is not None:
+                rotation.load(self._device)
         step = plan(
-            spec,
+            kernel_spec,
             batch,
             self._workspace,
             into=self._fixed_plans.get(spec.geometry) if self._use_cuda_graph else self._plan,
@@ -247,7 +254,7 @@ class AttentionWrapper(ABC):
         if self._use_cuda_graph:
             self._fixed_plans[spec.geometry] = step
             self._fixed = self._fixed or (spec, split_tokens)
-        self._layers = layers
+        self._layers, self._kernel_spec, self._rotation = layers, kernel_spec, rotation
         self._spec = spec
         heads = spec.num_qo_heads
         if spec.alibi and (self._alibi_slopes is None or self._alibi_slopes.shape[0] != heads):
@@ -332,10 +339,14 @@ class AttentionWrapper(ABC):
         key = (sinks is not None, spec.sm_scale if sm_scale is None else float(sm_scale))
         layer = self._layers.get(key)
         if layer is None:
-            layer = PagedAttention(replace(spec, sinks=key[0], sm_scale=key[1]), self._device)
+            assert self._kernel_spec is not None
+            changed = replace(self._kernel_spec, sinks=key[0], sm_scale=key[1])
+            layer = PagedAttention(changed, self._device)
             if len(self._layers) >= _MAX_LAYERS:
                 del self._layers[next(iter(self._layers))]
             self._layers[key] = layer
+        if self._rotation is not None:
+            step, q, kv_cache = self._rotation.apply(step, q, kv_cache)
         return layer.run(
             step,
             q,

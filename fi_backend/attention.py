@@ -17,7 +17,7 @@ from fi_backend.planning import Plan
 from fi_backend.spec import AttentionSpec, supports
 from fi_backend.torch_ops import runs_directly
 
-__all__ = ["PagedAttention", "runtime_counters"]
+__all__ = ["PagedAttention", "check_used_pages", "runtime_counters"]
 
 
 def runtime_counters() -> dict[str, int]:
@@ -29,7 +29,7 @@ def runtime_counters() -> dict[str, int]:
     return {"attention_runs": attention_kernels.call_count()}
 
 
-def _check_used_pages(plan: Plan, num_pages: int) -> None:
+def check_used_pages(plan: Plan, num_pages: int) -> None:
     """Check every page id that the batch's lengths make the kernels read.
 
     Raises:
@@ -268,7 +268,7 @@ class PagedAttention:
         if lse is not None:
             check_tensor("lse", lse, shape=(rows, heads), dtype=torch.float32, device=device)
         if self._checked:
-            _check_used_pages(plan, k.shape[0])
+            check_used_pages(plan, k.shape[0])
 
     def _check_options(
         self,

@@ -46,7 +46,8 @@ def single_decode_with_kv_cache(
             as q, or fp8.
         v: as k; its head_dim may differ.
         kv_layout: "NHD" or "HND".
-        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated here) or "ALIBI".
+        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated here, on a GPU in copies) or
+            "ALIBI".
         use_tensor_cores: a hint, without effect on the result.
         q_scale, k_scale, v_scale: factors on q, k and v.
         window_left: keys left of its own position that the token sees; -1 for all.

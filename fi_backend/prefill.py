@@ -61,7 +61,8 @@ def single_prefill_with_kv_cache(
             takes precedence.
         causal: row i sees keys up to i + kv_len - qo_len.
         kv_layout: "NHD" or "HND".
-        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated here) or "ALIBI".
+        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated here, on a GPU in copies) or
+            "ALIBI".
         use_fp16_qk_reduction: a permission that is not used; sums are float32.
         sm_scale: factor on q . k; 1 / sqrt(head_dim_qk) if None.
         window_left: keys left of its own position that a row sees; -1 for all.

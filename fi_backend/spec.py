@@ -90,7 +90,8 @@ class AttentionSpec:
         alibi: run() gets alibi_slopes, and slope * (key index - query row) joins each logit.
         sinks: run() gets sinks, one logit per query head that joins the softmax denominator.
         custom_mask: run() gets a packed mask, which takes the place of the causal one.
-        rope_theta: > 0 rotates q and the unrotated keys inside the kernel (half-split layout).
+        rope_theta: > 0 rotates q and the unrotated keys inside the kernel (half-split layout); on
+            the CPU alone.
         rope_scale: divides positions when rope_theta > 0.
         variant: functions of the caller's that change scores, masks, weights or outputs; run()
             gets the values of their tensors and scalars.

@@ -260,7 +260,7 @@ def test_checked_mode_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> Non
     on_gpu = types.SimpleNamespace(kv_lens=types.SimpleNamespace(is_cuda=True))
     step = types.SimpleNamespace(batch=on_gpu, geometry=SPEC.geometry)
     with pytest.raises(RuntimeError, match=r"FI_BACKEND_CHECKED=1 .* CUDA graph .* unset it"):
-        attention_module._check_used_pages(step, 4)  # type: ignore[arg-type]
+        attention_module.check_used_pages(step, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -88,35 +88,6 @@ def test_alibi(device: str) -> None:
     assert_state(wrapper.run_return_lse(case.rows, table.cache), expected)
 
 
-@pytest.mark.parametrize(("scale", "theta"), [(None, None), (2.0, 5e3)])
-def test_rope_llama(scale: float | None, theta: float | None) -> None:
-    case = make_case([1] * 3, [40, 5, 18])
-    table = case.paged(4)
-    wrapper = decode_wrapper()
-    plan_decode(
-        wrapper,
-        case,
-        table,
-        4,
-        pos_encoding_mode="ROPE_LLAMA",
-        rope_scale=scale,
-        rope_theta=theta,
-    )
-    expected = case.expected(
-        rope_scale=1.0 if scale is None else scale, rope_theta=1e4 if theta is None else theta
-    )
-    assert_state(wrapper.run_return_lse(case.rows, table.cache), expected, 5e-5)
-
-
-@pytest.mark.gpu
-def test_rope_llama_is_refused_on_a_gpu() -> None:
-    with torch.device("cuda"):
-        case = make_case([1] * 3, [40, 5, 18])
-        table = case.paged(4)
-        with pytest.raises(UnsupportedError, match="rope_theta must be 0 on cuda: rotate q and k"):
-            plan_decode(decode_wrapper(), case, table, 4, pos_encoding_mode="ROPE_LLAMA")
-
-
 @pytest.mark.usefixtures("device")
 def test_sinks_are_honoured() -> None:
     case = make_case([1] * 3, [40, 0, 18])

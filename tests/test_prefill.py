@@ -80,16 +80,6 @@ def test_alibi_and_sinks() -> None:
     assert_state(got, case.expected(causal=True, sinks=sinks))
 
 
-def test_rope() -> None:
-    case = make_case(QO_LENS, KV_LENS)
-    table = case.paged(4)
-    wrapper = prefill_wrapper()
-    rope = {"rope_scale": 2.0, "rope_theta": 5e3}
-    plan_prefill(wrapper, case, table, 4, causal=True, pos_encoding_mode="ROPE_LLAMA", **rope)
-    expected = case.expected(causal=True, **rope)
-    assert_state(wrapper.run_return_lse(case.rows, table.cache), expected, 5e-5)
-
-
 @pytest.mark.parametrize("on_host", [(), ("table",), ("mask",), ("table", "mask")], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.usefixtures("device")

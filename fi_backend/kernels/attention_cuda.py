@@ -289,8 +289,9 @@ class CudaLineKernels:
         """Choose by what the host knows of a step: an empty launch costs microseconds too."""
         if most_rows * group_size <= self._few_rows_limit:
             return self._runs[:1]
-        # As plan/work_line.h, has_few_rows().
-        if self._mixed and q.shape[0] > num_reqs * (self._small_item_rows // group_size):
+        # As plan/work_line.h, has_few_rows(). What is not on a GPU at all, run() refuses.
+        has_many_rows = q.shape[0] > num_reqs * (self._small_item_rows // group_size)
+        if self._mixed and has_many_rows and q.is_cuda:
             device = q.get_device()
             if device not in self._mixed_runs:
                 self._mixed_runs[device] = self._mixed_runs_on(device)

@@ -1,4 +1,4 @@
-// The threads that plan a line together: a block.
+// The threads that plan a line together: a block, or some of its warps while others plan another.
 #pragma once
 
 #include <fi_backend/common/reduce.cuh>
@@ -9,6 +9,19 @@ struct WholeBlock {
   __device__ __forceinline__ uint32_t thread() const { return threadIdx.x; }
   __device__ __forceinline__ uint32_t num_threads() const { return blockDim.x; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
+};
+
+// Warps that follow each other; `barrier` is theirs alone while they plan.
+struct SomeWarps {
+  int32_t first_thread;
+  int32_t threads;
+  int32_t barrier;
+
+  __device__ __forceinline__ uint32_t thread() const { return threadIdx.x - first_thread; }
+  __device__ __forceinline__ uint32_t num_threads() const { return threads; }
+  __device__ __forceinline__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  }
 };
 
 }  // namespace fi

@@ -1,8 +1,8 @@
 // Plans of a step whose requests may share pages, in one launch that depends on capacities alone.
 //
 // While two blocks plan the step as if nothing were shared, others search. Most steps end with
-// that. The block that ends last forms the groups, if there are any, and plans again: the lines of
-// what each request attends to by itself, and that of the groups.
+// that. The block that ends last forms the groups, if there are any, and plans again: most of its
+// warps what each request attends to by itself, the others the groups.
 #pragma once
 
 #include <fi_backend/plan/device_plan.cuh>
@@ -12,7 +12,7 @@
 namespace fi {
 
 union SharedPlanMemory {
-  PlanMemory plan;
+  PlanMemory plans[2];  // of own keys, which is that of a whole block too, and of groups
   SearchMemory search;
   PrefixGroups groups;
 };
@@ -32,22 +32,22 @@ __device__ __forceinline__ void plan_no_groups(const PlannedBatch& groups) {
   }
 }
 
-// Write how many states a row of the groups has, and end their line where they end. All threads
-// call this behind their plan: each changes what it has written. `most` is in shared memory, 1.
-__device__ __forceinline__ void finish_group_plan(const PlannedBatch& groups, int32_t end_group,
-                                                  int32_t& most) {
+// Write how many states a row of the groups has. All threads of the team call this behind their
+// plan: each reads the cuts that it has written. `most` is in shared memory, 1.
+__device__ __forceinline__ void finish_group_plan(const SomeWarps& team, const PlannedBatch& groups,
+                                                  int32_t end_group, int32_t& most) {
   const WorkGeometry& g = groups.geometry;
   const PlanView plan = view_plan(groups.plan, g.num_reqs, g.num_workers);
   const bool is_cut_line = plan.has_work[kManyRows] == kCutLine;
   int32_t holders = 1;
-  for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
+  for (int32_t w = team.thread(); w <= g.num_workers; w += team.num_threads()) {
     holders = max(holders, plan.cuts[kManyRows][w].num_holders);
     if (is_cut_line) end_behind_groups(g, end_group, w, plan);
   }
   holders = __reduce_max_sync(kFullWarp, holders);
-  if (threadIdx.x % kWarpSize == 0) atomicMax(&most, holders);
-  __syncthreads();
-  if (threadIdx.x > 0) return;
+  if (team.thread() % kWarpSize == 0) atomicMax(&most, holders);
+  team.sync();
+  if (team.thread() > 0) return;
   *plan.num_parts = most * group_rows(groups.qo_indptr, g.num_reqs).num_levels;
 }
 
@@ -69,7 +69,23 @@ __device__ __forceinline__ bool ends_last_with_matches(const SharedPlanParams& p
   return flag;
 }
 
-// Grid: kNumLines + num_search_blocks blocks of whole warps, up to kPlanMaxThreads.
+// What a team plans.
+struct PlannedLine {
+  const PlannedBatch* batch;
+  int line;
+};
+
+// What a team plans next, behind `now`; nothing if it is done. Requests share nothing or have few
+// rows: without others, the many-row line of own keys is what it was.
+__device__ __forceinline__ PlannedLine next_line(const SharedPlanParams& p, PlannedLine now) {
+  const PlannedBatch& own = p.own;
+  const PlanView plan = view_plan(own.plan, own.geometry.num_reqs, own.geometry.num_workers);
+  const bool has_many_rows =
+      now.batch == &own && now.line == kFewRows && __ldcg(plan.has_work + kManyRows) != kNoWork;
+  return {has_many_rows ? &own : nullptr, kManyRows};
+}
+
+// Grid: kNumLines + num_search_blocks blocks of at least two warps, up to kPlanMaxThreads.
 __global__ void __launch_bounds__(kPlanMaxThreads, 1)
     shared_plan_kernel(const __grid_constant__ SharedPlanParams p) {
   ptx::grid_dependency_wait();
@@ -78,39 +94,35 @@ __global__ void __launch_bounds__(kPlanMaxThreads, 1)
   __shared__ int32_t num_parts;
   __shared__ bool is_last;
   if (threadIdx.x == 0) num_parts = 1;
-  const WholeBlock team;
-  const PlannedBatch* batch = &p.batch;
-  int line = min(int(blockIdx.x), kNumLines);
+  const int32_t num_threads = blockDim.x;
+  SomeWarps team = {0, num_threads, 0};
   int32_t end_group = 0;
-  if (line == kManyRows) plan_no_groups(p.groups);
+  PlannedLine planned = {&p.batch, min(int(blockIdx.x), kNumLines)};
+  if (planned.line == kManyRows) plan_no_groups(p.groups);
   // One body for each line, whatever is planned.
-  while (true) {
-    if (line == kFewRows) {
-      plan_line<kFewRows>(team, *batch, memory.plan);
-    } else if (line == kManyRows) {
-      plan_line<kManyRows>(team, *batch, memory.plan);
+  while (planned.batch != nullptr) {
+    PlanMemory& plan_memory = memory.plans[planned.batch == &p.groups];
+    if (planned.line == kFewRows) {
+      plan_line<kFewRows>(team, *planned.batch, plan_memory);
+    } else if (planned.line == kManyRows) {
+      plan_line<kManyRows>(team, *planned.batch, plan_memory);
     } else if (find_matches(p.search, blockIdx.x - kNumLines, p.num_search_blocks, memory.search)) {
       *p.found = 1;
     }
-    if (batch == &p.batch) {
-      if (!ends_last_with_matches(p, is_last)) return;
-      end_group = form_groups(BlockTeam(), p.search, memory.groups);
-      if (end_group == 0) return;
-      batch = &p.own;
-      line = kFewRows;
-    } else if (batch == &p.groups) {
-      break;
-    } else {
-      // Without requests of many rows, their line is what it was.
-      const PlanView plan =
-          view_plan(p.own.plan, p.own.geometry.num_reqs, p.own.geometry.num_workers);
-      const bool has_many_rows = line == kFewRows && __ldcg(plan.has_work + kManyRows) != kNoWork;
-      if (!has_many_rows) batch = &p.groups;
-      line = kManyRows;
+    if (planned.batch != &p.batch) {
+      team.sync();  // nobody reads the memory that is written next
+      planned = next_line(p, planned);
+      continue;
     }
-    __syncthreads();
+    if (!ends_last_with_matches(p, is_last)) return;
+    end_group = form_groups(BlockTeam(), p.search, memory.groups);
+    if (end_group == 0) return;
+    const int32_t of_own = (num_threads / kWarpSize + 1) / 2 * kWarpSize;
+    const bool plans_groups = threadIdx.x >= uint32_t(of_own);
+    team = plans_groups ? SomeWarps{of_own, num_threads - of_own, 2} : SomeWarps{0, of_own, 1};
+    planned = plans_groups ? PlannedLine{&p.groups, kManyRows} : PlannedLine{&p.own, kFewRows};
   }
-  finish_group_plan(p.groups, end_group, num_parts);
+  if (team.first_thread > 0) finish_group_plan(team, p.groups, end_group, num_parts);
 }
 
 }  // namespace fi
