@@ -176,6 +176,14 @@ def test_many_requests(num_requests: int) -> None:
     assert bool((found.first_pages > 0).any()) == (num_requests > 2)
 
 
+@pytest.mark.parametrize("num_workers", [1, 9, 31, 63])
+def test_few_workers(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one warp would have one each, though two teams plan."""
+    monkeypatch.setitem(globals(), "WORKERS", num_workers)
+    tree = (Branch(-1, 40), Branch(0, 50))
+    check(SharingStep(tree, (0, 1) * 8, (9,) * 16, (1,) * 16, 16, "csr"))
+
+
 def test_long_prefixes_that_differ_in_one_page() -> None:
     step = SharingStep((Branch(-1, 5000),), (0,) * 9, (3,) * 9, (1,) * 9, 1, "block_table")
     for page in (0, 300, 1023, 1024, 4999):

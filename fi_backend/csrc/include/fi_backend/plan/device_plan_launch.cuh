@@ -9,21 +9,22 @@
 
 namespace fi {
 
-// A thread per request and per worker, as far as a block goes.
-inline dim3 plan_block(const WorkGeometry& g) {
+// A thread per request and per worker, as far as a block of so many teams of warps goes.
+inline dim3 plan_block(const WorkGeometry& g, int num_teams) {
   const int64_t wanted = max64(g.num_reqs, int64_t{g.num_workers} + 1);
-  const int64_t warps = min64(ceil_div64(wanted, kWarpSize), kPlanMaxThreads / kWarpSize);
+  const int64_t most = min64(ceil_div64(wanted, kWarpSize), kPlanMaxThreads / kWarpSize);
+  const int64_t warps = max64(most, num_teams);
   return dim3(static_cast<unsigned>(warps * kWarpSize));
 }
 
 inline cudaError_t device_plan(const DevicePlanParams& p, cudaStream_t stream) {
-  return launch(device_plan_kernel, kNumLines, plan_block(p.batch.geometry), stream, p.enable_pdl,
-                p);
+  return launch(device_plan_kernel, kNumLines, plan_block(p.batch.geometry, 1), stream,
+                p.enable_pdl, p);
 }
 
 inline cudaError_t shared_plan(const SharedPlanParams& p, cudaStream_t stream) {
-  return launch(shared_plan_kernel, kNumLines + p.num_search_blocks, plan_block(p.batch.geometry),
-                stream, p.enable_pdl, p);
+  return launch(shared_plan_kernel, kNumLines + p.num_search_blocks,
+                plan_block(p.batch.geometry, 2), stream, p.enable_pdl, p);
 }
 
 }  // namespace fi

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fi_backend/common/reduce.cuh>
+#include <fi_backend/ptx/named_barrier.cuh>
 
 namespace fi {
 
@@ -19,9 +20,7 @@ struct SomeWarps {
 
   __device__ __forceinline__ uint32_t thread() const { return threadIdx.x - first_thread; }
   __device__ __forceinline__ uint32_t num_threads() const { return threads; }
-  __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-  }
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, threads); }
 };
 
 }  // namespace fi

@@ -10,6 +10,11 @@ __device__ __forceinline__ void named_barrier_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// The same for a number of whole warps that is known when the kernel runs.
+__device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
 // Count as one of the kThreads without waiting for the others.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_arrive(int id) {
