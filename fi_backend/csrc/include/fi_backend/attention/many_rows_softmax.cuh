@@ -101,12 +101,12 @@ __device__ __forceinline__ void transform_logits(const AttentionParams& p, const
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll
     for (int first = 0; first < Traits::kTokens / 8; first += kColumns) {
-      float* x = s[m][first];
+      const auto x = [&](int i) -> float& { return s[m][first + i / 4][i % 4]; };
 #pragma unroll
-      for (int i = 0; i < 4 * kColumns; ++i) x[i] *= item.scale;
+      for (int i = 0; i < 4 * kColumns; ++i) x(i) *= item.scale;
       if (cap == 0.f) continue;
 #pragma unroll
-      for (int i = 0; i < 4 * kColumns; ++i) x[i] = soft_cap_tanh(x[i]) * cap;
+      for (int i = 0; i < 4 * kColumns; ++i) x(i) = soft_cap_tanh(x(i)) * cap;
     }
   }
   if (p.alibi_slopes == nullptr) return;
