@@ -60,7 +60,6 @@ class AttentionWrapper(ABC):
         self._fixed: tuple[AttentionSpec, int] | None = None
         self._fixed_plans: dict[Geometry, Plan] = {}
         self._spec: AttentionSpec | None = None
-        self._kernel_spec: AttentionSpec | None = None  # without the rotation, if that goes before
         self._plan: Plan | None = None
         self._rotation: KeyRotation | None = None
         # By what a run may still choose: whether there are sinks, and sm_scale.
@@ -234,8 +233,9 @@ class AttentionWrapper(ABC):
         """
         if spec.variant != self._variant:
             spec = replace(spec, variant=self._variant)
-        layers, kernel_spec, rotation = self._layers, self._kernel_spec, self._rotation
-        if kernel_spec is None or spec != self._spec:
+        layers, rotation = self._layers, self._rotation
+        kernel_spec = self._kernel_spec(spec)
+        if spec != self._spec:
             kernel_spec, rotation = split_rotation(spec, self._device)
             layers = {(spec.sinks, spec.sm_scale): PagedAttention(kernel_spec, self._device)}
             if rotation is not None:
@@ -254,7 +254,7 @@ class AttentionWrapper(ABC):
         if self._use_cuda_graph:
             self._fixed_plans[spec.geometry] = step
             self._fixed = self._fixed or (spec, split_tokens)
-        self._layers, self._kernel_spec, self._rotation = layers, kernel_spec, rotation
+        self._layers, self._rotation = layers, rotation
         self._spec = spec
         heads = spec.num_qo_heads
         if spec.alibi and (self._alibi_slopes is None or self._alibi_slopes.shape[0] != heads):
@@ -268,6 +268,10 @@ class AttentionWrapper(ABC):
         if self._spec is None or self._plan is None:
             raise RuntimeError(f"{self._name}: call plan() before run()")
         return self._spec, self._plan
+
+    def _kernel_spec(self, planned: AttentionSpec) -> AttentionSpec:
+        """Return what kernels run of the planned layer: its rotation may go before."""
+        return planned if self._rotation is None else self._rotation.spec
 
     def _replan(self, **options: Any) -> None:
         """Change options of the planned layer, as the older forward() calls do at run time."""
@@ -339,8 +343,7 @@ class AttentionWrapper(ABC):
         key = (sinks is not None, spec.sm_scale if sm_scale is None else float(sm_scale))
         layer = self._layers.get(key)
         if layer is None:
-            assert self._kernel_spec is not None
-            changed = replace(self._kernel_spec, sinks=key[0], sm_scale=key[1])
+            changed = replace(self._kernel_spec(spec), sinks=key[0], sm_scale=key[1])
             layer = PagedAttention(changed, self._device)
             if len(self._layers) >= _MAX_LAYERS:
                 del self._layers[next(iter(self._layers))]

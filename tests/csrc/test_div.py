@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from fi_backend.jit import paths, toolchain
+from tests.csrc.host_program import output_of
 
 COUNT_WRONG = """\
 #include <fi_backend/common/div.h>
@@ -45,13 +44,4 @@ int main() {
 
 
 def test_fast_divider_divides(tmp_path: Path) -> None:
-    cxx = toolchain.find_cxx()
-    assert cxx is not None
-    source, program = tmp_path / "div.cc", tmp_path / "div"
-    source.write_text(COUNT_WRONG)
-    include = f"-I{paths.CSRC / 'include'}"
-    subprocess.run(
-        [*cxx, "-std=c++17", "-O2", include, str(source), "-o", str(program)], check=True
-    )
-    listed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    assert listed == "0 wrong\n"
+    assert output_of(COUNT_WRONG, tmp_path) == "0 wrong\n"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from fi_backend.jit import paths, toolchain
 from fi_backend.kernels import mixed
+from tests.csrc.host_program import output_of
 
 LIST_DIMS = """\
 #include <fi_backend/attention/many_rows_shape.h>
@@ -24,12 +23,5 @@ int main() {
 
 
 def test_head_dims_of_the_kernel_for_both_lines(tmp_path: Path) -> None:
-    cxx = toolchain.find_cxx()
-    assert cxx is not None
-    source, program = tmp_path / "dims.cc", tmp_path / "dims"
-    source.write_text(LIST_DIMS)
-    include = f"-I{paths.CSRC / 'include'}"
-    subprocess.run([*cxx, "-std=c++17", include, str(source), "-o", str(program)], check=True)
-    listed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    served = {tuple(map(int, line.split())) for line in listed.splitlines()}
+    served = {tuple(map(int, line.split())) for line in output_of(LIST_DIMS, tmp_path).splitlines()}
     assert served == {(dim, dim) for dim in mixed._HEAD_DIMS}

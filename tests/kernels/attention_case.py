@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -276,7 +277,11 @@ def check(case: Case) -> None:
     judge(case, inputs, *run(case, inputs))
 
 
-def check_nan_stays_visible(case: Case, broken_from: int) -> None:
+def check_nan_stays_visible(
+    case: Case,
+    broken_from: int,
+    run: Callable[[Case, Inputs], tuple[torch.Tensor, torch.Tensor]] = run,
+) -> None:
     """Draw inputs of break_some(), run, judge."""
     inputs = make_inputs(case)
     break_some(inputs, broken_from)

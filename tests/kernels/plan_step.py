@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
 HEADER = 20
 HAS_WORK = 16  # of each line
 FEW_ROW_BLOCKS = 18
+NUM_PARTS = 19
 CUT, WHOLE = 1, 2  # what the header says of a line: plan/whole_items.h
 
 # Of kernels for heads up to 128 wide: attention/cpu/scratch.h, attention/row_tiles.h and
@@ -154,3 +155,50 @@ def pieces(step: Step, buffer: torch.Tensor, line: int) -> list[list[tuple[tuple
             if begin < end or holds_empty_item:
                 owned[w].append((item, begin, end))
     return owned
+
+
+class GroupPlan(NamedTuple):
+    """Of the many-row line of a batch that groups make."""
+
+    has_work: int
+    num_parts: int
+    starts: torch.Tensor  # [num_workers + 1, 4]
+    cuts: torch.Tensor  # [num_workers + 1, 4]
+
+
+def plan_groups(
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_workers: int,
+    kept_states: int,
+    target: Literal["cuda", "sm_90"],
+) -> GroupPlan:
+    """Plan groups that keep states of their parts."""
+    size = plan_buffer_ints(max_reqs=len(kv_lens), num_workers=num_workers)
+    plan = torch.full((size,), -7, dtype=torch.int32)
+    host_plan(
+        plan_buffer=plan,
+        qo_indptr=qo_indptr,
+        kv_lens=kv_lens,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim_qk=head_dim,
+        head_dim_vo=head_dim,
+        q_dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
+        causal=False,
+        window_left=-1,
+        num_workers=num_workers,
+        split=0,
+        many_rows_only=True,
+        kept_states=kept_states,
+        target=target,
+    )
+    costs, records = 2 * (len(kv_lens) + 1), 4 * (num_workers + 1)
+    first = HEADER + 2 * costs
+    starts, cuts = plan[first : first + 4 * records].view(2, 2, num_workers + 1, 4)[:, 1]
+    return GroupPlan(int(plan[HAS_WORK + 1]), int(plan[NUM_PARTS]), starts, cuts)

@@ -153,13 +153,13 @@ def test_a_long_request_is_planned_at_once() -> None:
     ],
     ids=str,
 )
-def test_thread_blocks_get_work_that_is_worth_a_merge(
+def test_teams_get_work_that_is_worth_a_merge(
     qo_len: int, kv_lens: tuple[int, ...], active: int
 ) -> None:
-    """One block an SM for few items or little work, otherwise three.
+    """One team an SM for few items or little work, otherwise three.
 
-    The merge of an item's pieces is a tail that nothing hides. Equal items are not cut where so
-    many whole ones for each of two blocks an SM leave few without work.
+    The merge of an item's pieces is a tail that nothing hides. Equal items are not cut where one or
+    two whole ones for each of two teams an SM leave few without work.
     """
     lens = (qo_len,) * len(kv_lens), kv_lens
     step = Step(*lens, 4, 8, True, -1, 396, 0, False, "cuda")

@@ -9,13 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
-from tests.kernels.plan_step import HAS_WORK, HEADER
+from tests.kernels.plan_step import CUT, WHOLE, GroupPlan, plan_groups
 
-NUM_PARTS = 19  # place in the header
-CUT_LINE, WHOLE_ITEMS = 1, 2
 MOST_PARTS = 16
-MANY_ROWS = 1  # line
 
 
 def plan_parts(
@@ -27,8 +23,8 @@ def plan_parts(
     num_kv_heads: int = 8,
     target: Literal["cuda", "sm_90"] = "sm_90",
     second_len: int | None = None,
-) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-    """Plan groups of 32/8 heads; return has_work, num_parts and the line's starts and cuts.
+) -> GroupPlan:
+    """Plan groups of 32/8 heads.
 
     A second level, of twice as many places, has no groups but those given.
     """
@@ -36,30 +32,16 @@ def plan_parts(
     if second_len is not None:
         qo_lens[len(qo_lens) // 3] = sum(qo_lens)
         kv_lens[len(kv_lens) // 3] = second_len
-    size = plan_buffer_ints(max_reqs=len(qo_lens), num_workers=num_workers)
-    plan = torch.full((size,), -7, dtype=torch.int32)
-    host_plan(
-        plan_buffer=plan,
-        qo_indptr=torch.tensor([0, *qo_lens]).cumsum(0).to(torch.int32),
-        kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
+    return plan_groups(
+        torch.tensor([0, *qo_lens]).cumsum(0).to(torch.int32),
+        torch.tensor(kv_lens, dtype=torch.int32),
         num_qo_heads=4 * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        head_dim_qk=128,
-        head_dim_vo=128,
-        q_dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16,
-        causal=False,
-        window_left=-1,
+        head_dim=128,
         num_workers=num_workers,
-        split=0,
-        many_rows_only=True,
         kept_states=states,
         target=target,
     )
-    costs, records = 2 * (len(qo_lens) + 1), 4 * (num_workers + 1)
-    first = HEADER + 2 * costs
-    starts, cuts = plan[first : first + 4 * records].view(2, 2, num_workers + 1, 4)[:, MANY_ROWS]
-    return int(plan[HAS_WORK + MANY_ROWS]), int(plan[NUM_PARTS]), starts, cuts
 
 
 @given(
@@ -90,7 +72,7 @@ def test_states_of_all_parts_fit(
     inside = {tuple(start) for start in starts.tolist() if start[3] > 0}
     items = [start[:3] for start in inside]
     assert num_parts == 1 + max((items.count(item) for item in items), default=0)
-    assert has_work == (CUT_LINE if room > 1 else WHOLE_ITEMS)
+    assert has_work == (CUT if room > 1 else WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +100,4 @@ def test_a_row_has_as_many_states_of_each_level(second_len: int) -> None:
         )
         assert num_states == 2 * int(cuts[:, 2].max())
         assert num_states * 128 <= states
-        assert has_work == (CUT_LINE if states > 256 else WHOLE_ITEMS)
+        assert has_work == (CUT if states > 256 else WHOLE)

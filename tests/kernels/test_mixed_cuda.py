@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 from fi_backend import jit
 from fi_backend.kernels import attention_cuda, device_plan, mixed
 from fi_backend.kernels.attention_cuda import CudaLineKernels
-from tests.kernels.attention_case import MASKS, Case, break_some, judge, judge_broken, make_inputs
+from tests.kernels.attention_case import (
+    MASKS,
+    Case,
+    check_nan_stays_visible,
+    judge,
+    make_inputs,
+)
 from tests.kernels.attention_cuda_case import (
     Load,
     bits,
@@ -243,6 +250,4 @@ def test_blocks_are_traced() -> None:
 @pytest.mark.parametrize("num_workers", [1, 7, 396])
 def test_nan_stays_visible(load: Load, num_workers: int) -> None:
     case = replace(STEP, requests=((1, 700), (300, 700), (4, 20)), num_workers=num_workers)
-    inputs = make_inputs(case)
-    break_some(inputs, broken_from=18)
-    judge_broken(case, *run(load, case, inputs), broken_from=18)
+    check_nan_stays_visible(case, 18, partial(run, load))

@@ -8,13 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
 from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes
-from tests.kernels.plan_step import HAS_WORK, HEADER
+from tests.kernels.plan_step import CUT, plan_groups
 from tests.kernels.shared_prefix_step import Branch, SharingStep, sharing_steps
 
 HEADS = dict(num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, head_dim_vo=64)
-CUT_LINE = 1
 FEW_ROWS = 16  # packed rows of a few-row request on the CPU
 
 
@@ -115,32 +113,23 @@ def test_groups_share_full_pages_that_nobody_writes(
 @settings(deadline=None, max_examples=100)
 def test_no_worker_walks_over_groups_that_do_not_exist(step: SharingStep, states: int) -> None:
     groups = search(step)
-    num_workers, num_places = 40, len(groups.group_lens)
-    size = plan_buffer_ints(max_reqs=num_places, num_workers=num_workers)
-    plan = torch.full((size,), -7, dtype=torch.int32)
-    host_plan(
-        plan_buffer=plan,
-        qo_indptr=groups.group_indptr,
-        kv_lens=groups.group_lens,
-        **HEADS,
-        q_dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16,
-        causal=False,
-        window_left=-1,
-        num_workers=num_workers,
-        split=0,
-        many_rows_only=True,
+    plan = plan_groups(
+        groups.group_indptr,
+        groups.group_lens,
+        num_qo_heads=HEADS["num_qo_heads"],
+        num_kv_heads=HEADS["num_kv_heads"],
+        head_dim=HEADS["head_dim_qk"],
+        num_workers=40,
         kept_states=states or -1,
         target="sm_90",
     )
-    exists = groups.group_indptr.diff() > 0
-    if plan[HAS_WORK + 1] != CUT_LINE:
+    if plan.has_work != CUT:
         return
+    exists = groups.group_indptr.diff() > 0
     first, last = (int(exists.nonzero()[i]) for i in (0, -1))
     assert exists[first : last + 1].all()
-    starts = plan[HEADER + 4 * (num_places + 1) :][: 8 * (num_workers + 1)].view(2, -1, 4)[1]
-    assert starts[:, 0].min() >= first
-    assert starts[-1].tolist() == [last + 1, 0, 0, 0]
+    assert plan.starts[:, 0].min() >= first
+    assert plan.starts[-1].tolist() == [last + 1, 0, 0, 0]
 
 
 def flat(nodes: int, pages: int, requests: int, own: int = 40) -> SharingStep:

@@ -12,8 +12,8 @@ namespace fi {
 // A thread per request and per worker, as far as a block of so many teams of warps goes.
 inline dim3 plan_block(const WorkGeometry& g, int num_teams) {
   const int64_t wanted = max64(g.num_reqs, int64_t{g.num_workers} + 1);
-  const int64_t most = min64(ceil_div64(wanted, kWarpSize), kPlanMaxThreads / kWarpSize);
-  const int64_t warps = max64(most, num_teams);
+  const int64_t warps =
+      min64(max64(ceil_div64(wanted, kWarpSize), num_teams), kPlanMaxThreads / kWarpSize);
   return dim3(static_cast<unsigned>(warps * kWarpSize));
 }
 

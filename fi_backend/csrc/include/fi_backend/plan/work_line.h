@@ -251,8 +251,8 @@ FI_HOST_DEVICE bool has_few_rows(const WorkGeometry& g, int64_t num_rows) {
 // Multiprocessors of a GPU that a plan for so many workers is for.
 FI_HOST_DEVICE int32_t planned_sms(int32_t num_workers) { return (num_workers + 2) / 3; }
 
-// True if a step cannot have more few-row items than multiprocessors. One large team an SM
-// then reads as fast as several, and has fewer pieces to merge and more warps to do it. Kernels are
+// True if a step cannot have more few-row items than multiprocessors. One large team an SM then
+// reads as fast as several, and has fewer pieces to merge and more warps to do it. Kernels are
 // chosen by the same rule.
 FI_HOST_DEVICE bool has_few_items(int64_t num_reqs, int64_t num_kv_heads, int32_t num_workers) {
   return num_reqs * num_kv_heads <= planned_sms(num_workers);
