@@ -77,7 +77,7 @@ class PagedAttention:
         on_gpu = torch.device(device).type == "cuda"
         self._kernels = attention_kernels.load(
             device_type=torch.device(device).type,
-            with_groups=on_gpu and self._geometry.may_share and env.SHARED_PREFIX.get(),
+            with_groups=on_gpu and self._geometry.shares_prefixes,
             **spec.kernel_types,
         )
         self._checked = env.CHECKED.get()

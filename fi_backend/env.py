@@ -136,6 +136,10 @@ def _boolean(name: str, meaning: str) -> Variable[bool]:
     return Variable(PREFIX + name, "bool", False, meaning, _bool)
 
 
+def _optional_boolean(name: str, meaning: str) -> Variable[bool | None]:
+    return Variable(PREFIX + name, "bool", None, meaning, _bool)
+
+
 def _words(name: str, meaning: str) -> Variable[tuple[str, ...]]:
     return Variable(PREFIX + name, "words", (), meaning, _flags)
 
@@ -204,9 +208,10 @@ SEPARATE_LAUNCHES = _boolean(
     "SEPARATE_LAUNCHES",
     "Run requests with few and with many query rows in launches of their own, also on sm_90.",
 )
-SHARED_PREFIX = _boolean(
+SHARED_PREFIX = _optional_boolean(
     "SHARED_PREFIX",
-    "Let requests on a GPU attend once to long prefixes that they share; other steps pay for it.",
+    "Let requests on a GPU attend once to long prefixes that they share: 1 everywhere, 0 nowhere; "
+    "unset, in engines that cache prefixes.",
 )
 DISABLE = _boolean("DISABLE", "Do not register with any engine.")
 STRICT = _boolean(

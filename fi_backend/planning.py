@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fi_backend import env
 from fi_backend.batch import PagedBatch
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
@@ -113,8 +112,8 @@ def workspace_bytes(
         max_tokens: most query rows of a step; the bound does not grow with it.
         num_workers: as for plan().
         device: where the step runs.
-        split_tokens: as for plan(); on a GPU, n > 0 needs more, and so does 0 if
-            FI_BACKEND_SHARED_PREFIX is on.
+        split_tokens: as for plan(); on a GPU, n > 0 needs more, and so does 0 for
+            a spec that shares prefixes.
     """
     if max_reqs < 0 or max_tokens < 0:
         raise ValueError(
@@ -125,8 +124,7 @@ def workspace_bytes(
     planner = host_plan if device.type == "cpu" else device_plan
     ints = planner.plan_buffer_ints(max_reqs=max_reqs, num_workers=workers)
     shared = 0
-    looks = device.type == "cuda" and env.SHARED_PREFIX.get()
-    if looks and spec.geometry.may_share and split_tokens == 0:
+    if device.type == "cuda" and spec.geometry.shares_prefixes and split_tokens == 0:
         shared = shared_bytes(spec.geometry, max_reqs, workers, device)
     return 4 * (ints + _partial_floats(spec, device, workers, split_tokens)) + shared
 
@@ -161,9 +159,9 @@ def plan(
             -1 never cuts them: either makes a request's bits independent of its batch mates. 0 for
             a spec that is batch_invariant, whose requests are never cut.
         share_prefixes: whether requests with few query rows whose page tables begin with the same
-            pages attend to these once, where that saves more than it costs. None for what
-            FI_BACKEND_SHARED_PREFIX says on a GPU, and False elsewhere. It is off with
-            split_tokens, and where logits depend on positions: ALiBi, custom masks, rope, variants.
+            pages attend to these once, where that saves more than it costs. None for what the
+            spec says on a GPU, and False elsewhere. It is off with split_tokens, and where logits
+            depend on positions: ALiBi, custom masks, rope, variants.
 
     Raises:
         UnsupportedError: `spec` cannot run on the batch's device.
@@ -188,7 +186,7 @@ def plan(
         _check_arguments(spec, device, workspace, workers, split_tokens)
         partials = workspace.partials(_partial_floats(spec, device, workers, split_tokens))
         if share_prefixes is None:
-            share_prefixes = device.type == "cuda" and env.SHARED_PREFIX.get()
+            share_prefixes = device.type == "cuda" and geometry.shares_prefixes
         looks_for_shares = share_prefixes and geometry.may_share and split_tokens == 0
     batch.validate(spec.page_size)
     on_host = batch.qo_indptr.is_cpu

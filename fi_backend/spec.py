@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fi_backend import env
 from fi_backend.variants import AttentionVariant
 
 __all__ = ["AttentionSpec", "Geometry", "supports"]
@@ -63,6 +64,7 @@ class Geometry:
     window_left: int
     rope: bool
     may_share: bool  # logits depend on no position, so that requests may share pages
+    shares_prefixes: bool  # those that do are looked for, on a GPU
     batch_invariant: bool
 
 
@@ -98,6 +100,11 @@ class AttentionSpec:
         batch_invariant: a query row's bits depend on its own request's tokens alone: neither on
             other requests nor on which of its rows are in the step. All rows then take the
             many-row kernel, uncut, which decodes more slowly.
+        share_prefixes: on a GPU, plans look for requests with few query rows whose page tables
+            begin with the same pages, which then attend to these once, where that saves more than
+            it costs. FI_BACKEND_SHARED_PREFIX says otherwise for all layers, if it is set. Without
+            effect where logits depend on positions (alibi, custom_mask, rope_theta, variant), and
+            where batch_invariant.
         geometry: what plans depend on; equal geometries are one object, so that they compare fast.
 
     Raises:
@@ -123,6 +130,7 @@ class AttentionSpec:
     rope_scale: float = 1.0
     variant: AttentionVariant | None = None
     batch_invariant: bool = False
+    share_prefixes: bool = False
     geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,6 +147,14 @@ class AttentionSpec:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        may_share = not (
+            self.alibi
+            or self.custom_mask
+            or self.rope_theta > 0
+            or self.variant is not None
+            or self.batch_invariant
+        )
+        asked = env.SHARED_PREFIX.get()
         geometry = Geometry(
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
@@ -150,13 +166,8 @@ class AttentionSpec:
             causal=self.causal and not self.custom_mask,
             window_left=self.window_left,
             rope=self.rope_theta > 0,
-            may_share=not (
-                self.alibi
-                or self.custom_mask
-                or self.rope_theta > 0
-                or self.variant is not None
-                or self.batch_invariant
-            ),
+            may_share=may_share,
+            shares_prefixes=may_share and (self.share_prefixes if asked is None else asked),
             batch_invariant=self.batch_invariant,
         )
         object.__setattr__(self, "geometry", _geometries.setdefault(geometry, geometry))

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from fi_backend import env
 from fi_backend.errors import UnsupportedError
 from fi_backend.jit import KernelSpec, build
 from fi_backend.kernels import (
@@ -92,7 +91,7 @@ def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list
     specs = [device_plan.plan_spec() if on_gpu else host_plan.plan_spec()]
     for layer in layers:
         specs += attention.attention_specs(device_type=device_type, **layer.kernel_types)
-        if on_gpu and layer.geometry.may_share and env.SHARED_PREFIX.get():
+        if on_gpu and layer.geometry.shares_prefixes:
             specs.append(attention.group_spec(device_type=device_type, **layer.kernel_types))
         specs.append(
             append_kv.append_cuda_spec(layer.q_dtype, layer.kv_dtype)
@@ -151,6 +150,7 @@ def model_layers(config: Mapping[str, Any], device_type: str = "cpu") -> list[At
             head_dim_qk=head_dim,
             q_dtype=dtype,
             kv_dtype=kv_dtype,
+            share_prefixes=True,  # as engines that cache prefixes do
         )
         for head_dim in _head_dims(text)
     ]

@@ -306,13 +306,34 @@ def test_an_operator_can_turn_it_on(monkeypatch: pytest.MonkeyPatch, device: str
     def needed() -> int:
         return fi_backend.workspace_bytes(sharing.spec, 64, 64, device=device)
 
+    on_gpu = device == "cuda"
     assert not looks()
     assert looks(share_prefixes=True)
     before = needed()
     monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "1")
-    assert looks() == (device == "cuda")
-    assert (needed() > before) == (device == "cuda")
+    sharing.spec = replace(sharing.spec)
+    assert looks() == on_gpu
+    assert (needed() > before) == on_gpu
     assert not looks(share_prefixes=False)
+    monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "0")
+    sharing.spec = replace(sharing.spec, share_prefixes=True)
+    assert not looks()
+    assert needed() == before
+
+
+def test_a_layer_can_ask_for_it(device: str) -> None:
+    sharing, on_gpu = Sharing(TREE, replace(SPEC, share_prefixes=True), device), device == "cuda"
+    spec = sharing.spec
+    plan = fi_backend.plan(spec, sharing.batch, Workspace(device), num_workers=9)
+    assert plan.looks_for_shares == on_gpu
+    without, needed = (
+        fi_backend.workspace_bytes(layer, 64, 64, device=device)
+        for layer in (replace(spec, share_prefixes=False), spec)
+    )
+    assert (without < needed) == on_gpu
+    assert not replace(spec, alibi=True).geometry.shares_prefixes
+    assert not replace(spec, batch_invariant=True).geometry.shares_prefixes
+    sharing.judge(*sharing.run(plan))
 
 
 @pytest.mark.parametrize(

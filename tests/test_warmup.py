@@ -51,6 +51,7 @@ def test_kernels_for_a_gpu() -> None:
         "plan_cuda",
         "decode_cuda_bf16_e4m3_bf16_d128x128",
         "prefill_cuda_bf16_e4m3_bf16_d128x128",
+        "prefill_cuda_bf16_e4m3_f32_d128x128_KeptParts",
         "append_cuda_bf16_e4m3",
         "merge_cuda_bf16_bf16",
         "rmsnorm_cuda_bf16_bf16",
@@ -87,6 +88,11 @@ def layer(head_dim: int, **options: Any) -> AttentionSpec:
     )
 
 
+def test_an_operator_can_leave_out_what_shares_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "0")
+    assert not any("KeptParts" in spec.name for spec in specs_for_model(LLAMA, "cuda"))
+
+
 def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[list[KernelSpec]] = []
     monkeypatch.setattr(warmup, "build", builds.append)
@@ -95,8 +101,7 @@ def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> No
     (specs,) = builds
     families = sorted(spec.name.split("_")[0] for spec in specs)
     assert families == ["append", "decode", "decode", "plan", "prefill", "prefill"]
-    monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "1")
-    compile_kernels(layers[:1], "cuda")
+    compile_kernels([layer(64, share_prefixes=True)], "cuda")
     names = [spec.name for spec in builds.pop()]
     assert [name for name in names if "f32" in name] == [
         "prefill_cuda_bf16_bf16_f32_d64x64_KeptParts"

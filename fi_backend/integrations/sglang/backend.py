@@ -71,8 +71,11 @@ class FIAttnBackend(AttentionBackend):
         self._table = TokenTable(slots, self.token_to_kv_pool, self._page_size)
         self._rows = QueryRows(self.device, draft_step)
         self._workspace = Workspace(self.device) if workspace is None else workspace
-        deterministic = getattr(model_runner.server_args, "enable_deterministic_inference", False)
+        arguments = model_runner.server_args
+        deterministic = getattr(arguments, "enable_deterministic_inference", False)
         self._split_tokens = _DETERMINISTIC_SPLIT if deterministic else 0
+        # Without the radix cache every request has pages of its own.
+        self._share_prefixes = not getattr(arguments, "disable_radix_cache", True)
         self._bound: dict[tuple[RadixAttention, torch.dtype, bool, bool], BoundLayer] = {}
         self._captured: CapturedSteps | None = None
         branches = 1 if draft_step is None else draft_step.num_branches
@@ -105,6 +108,7 @@ class FIAttnBackend(AttentionBackend):
                 q_dtype=model_runner.dtype,
                 kv_dtype=self.token_to_kv_pool.dtype,
                 page_size=self._page_size,
+                share_prefixes=self._share_prefixes,
             )
             for layer in layers
         ]
@@ -243,6 +247,7 @@ class FIAttnBackend(AttentionBackend):
                 self.token_to_kv_pool,
                 q_dtype=q_dtype,
                 page_size=self._page_size,
+                share_prefixes=self._share_prefixes,
                 sinks=sinks,
                 custom_mask=custom_mask,
             )

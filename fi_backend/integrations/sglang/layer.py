@@ -23,10 +23,20 @@ def layer_spec(
     q_dtype: torch.dtype,
     kv_dtype: torch.dtype,
     page_size: int,
+    share_prefixes: bool,
     sinks: bool = False,
     custom_mask: bool = False,
 ) -> AttentionSpec:
     """Return the spec of a RadixAttention.
+
+    Args:
+        layer: the RadixAttention.
+        q_dtype: of its queries.
+        kv_dtype: of its cache.
+        page_size: tokens of a page.
+        share_prefixes: whether requests may have pages in common.
+        sinks: whether its runs get sinks.
+        custom_mask: whether they get a mask.
 
     Raises:
         UnsupportedError: the layer asks for something that no spec can say.
@@ -57,6 +67,7 @@ def layer_spec(
         sm_scale=layer.scaling,
         sinks=sinks,
         custom_mask=custom_mask,
+        share_prefixes=share_prefixes,
     )
 
 
@@ -89,6 +100,7 @@ class BoundLayer:
         *,
         q_dtype: torch.dtype,
         page_size: int,
+        share_prefixes: bool,
         sinks: bool,
         custom_mask: bool,
     ) -> BoundLayer:
@@ -103,6 +115,7 @@ class BoundLayer:
             q_dtype=q_dtype,
             kv_dtype=k.dtype,
             page_size=page_size,
+            share_prefixes=share_prefixes,
             sinks=sinks,
             custom_mask=custom_mask,
         )

@@ -21,6 +21,7 @@ from fi_backend.integrations.vllm.context_parallel import (
 from fi_backend.integrations.vllm.huge_pages import advise_huge_pages
 from fi_backend.integrations.vllm.kv_cache import cache_dtype, split_cache
 from fi_backend.integrations.vllm.metadata import FIMetadata
+from fi_backend.integrations.vllm.selection import caches_prefixes
 
 __all__ = ["FIAttentionImpl"]
 
@@ -111,6 +112,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         self.num_shards = 1 if self._encoder_only else self.dcp_world_size
         if self.num_shards > 1:
             self._check_context_parallel()
+        self._share_prefixes = self.num_shards == 1 and caches_prefixes()
         self._bound: _Bound | None = None
 
     def _check_context_parallel(self) -> None:
@@ -147,6 +149,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             alibi=self.alibi_slopes is not None,
             sinks=self.sinks is not None,
             batch_invariant=self._batch_invariant,
+            share_prefixes=self._share_prefixes,
         )
 
     def parts(self, **arguments: Any) -> list[AttentionSpec]:

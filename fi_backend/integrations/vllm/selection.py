@@ -1,4 +1,4 @@
-"""FLASHINFER means us only where it was asked for by name.
+"""What the configuration that vLLM works on says of us: FLASHINFER is us where it was asked for.
 
 vLLM tries FLASHINFER unasked too (first on Blackwell, second on Hopper), through the same table of
 backends. So the table points to `FlashInferBackend` of this module, an attribute that is looked up
@@ -12,7 +12,7 @@ from typing import Any
 
 from fi_backend import env
 
-__all__ = ["asked_by_name", "serves_unasked"]
+__all__ = ["asked_by_name", "caches_prefixes", "serves_unasked"]
 
 
 def asked_by_name(name: str) -> bool:
@@ -25,6 +25,14 @@ def asked_by_name(name: str) -> bool:
     attention = config.attention_config
     chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
     return any(backend is not None and backend.name == name for backend in chosen)
+
+
+def caches_prefixes() -> bool:
+    """Whether requests of the engine that vLLM works on may have pages in common."""
+    from vllm.config.vllm import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and bool(config.cache_config.enable_prefix_caching)
 
 
 def serves_unasked() -> bool:
