@@ -239,7 +239,8 @@ def test_our_kernels_run_inside_the_graphs(name: str, result: Callable[[str], Re
     assert count("few_rows_kernel") + count("mixed_rows_kernel") == runs > 0
     if name == "decode graphs":
         assert count("many_rows") == 0 < count("few_rows_kernel")
-    assert count("device_plan") == steps
+    # Where a step has enough requests, plans look for prefixes that they share.
+    assert count("device_plan") + count("shared_plan") == steps
     assert not [kernel for kernel in kernels if "flash" in kernel.lower()]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sync_debug import nothing_waits
 from wrapper_cases import assert_state
 
 import fi_backend as fi
@@ -182,18 +183,13 @@ def test_graphs_replay_with_other_values(device: str) -> None:
 
 
 @on_cuda
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_results_are_all_that_is_allocated_and_nothing_waits(device: str) -> None:
     v, s = states(9, 2, BF16)
     mask = torch.ones(9, dtype=torch.uint8)
     out, lse = fi.merge_states(v, s)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         fi.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1])
         fi.merge_states(v, s)
         fi.merge_state_in_place(out, lse, v[:, 1], s[:, 1], mask)
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 4
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -19,6 +19,7 @@ from page_cases import (
     new_rows,
     paged_case,
 )
+from sync_debug import nothing_waits
 
 import fi_backend
 from fi_backend import jit
@@ -250,7 +251,6 @@ def test_graphs_replay_with_other_values(device: str) -> None:
 
 
 @on_cuda
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device_or_allocates(device: str) -> None:
     by_slots, by_positions, *_ = appends(9)
     by_slots()
@@ -258,10 +258,6 @@ def test_nothing_waits_for_the_device_or_allocates(device: str) -> None:
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     by_slots()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         by_slots()
         by_positions()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sync_debug import nothing_waits
 
 from tests.integrations.test_vllm_layers import VARIANTS
 from tests.integrations.vllm_step import (
@@ -91,12 +92,9 @@ def test_a_step_neither_waits_nor_allocates(vllm: Load) -> None:
     run_step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(3):
             run_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 

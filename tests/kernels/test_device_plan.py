@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_modules import plan_spec
 from hypothesis import given, settings
+from sync_debug import nothing_waits
 
 from fi_backend.kernels import device_plan as planner
 from tests.kernels.attention_cuda_case import planner_target
@@ -143,7 +144,6 @@ def test_a_graph_replays_with_other_lengths(plan: Plan) -> None:
         assert torch.equal(buffer.cpu(), step.plan())
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_or_allocates() -> None:
     """Through the public loader; torch raises where a call would wait for the GPU."""
     step = make_step([1] * 300, range(300))
@@ -152,13 +152,9 @@ def test_nothing_waits_or_allocates() -> None:
     planner.device_plan(**arguments)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(100):
             planner.device_plan(**arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     assert torch.equal(buffer.cpu(), step.plan())
 
