@@ -7,7 +7,7 @@ cache with pages in random order, SDPA's in dense tensors with no page table at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -247,7 +247,9 @@ def run_cell(cell: Cell, seconds: float) -> list[Row]:
     return rows
 
 
-def run(pattern: str, seconds: float) -> list[Row]:
-    """Run the cells whose name contains `pattern`."""
+def run(pattern: str, seconds: float) -> Iterator[list[Row]]:
+    """Run the cells whose name contains `pattern`; yield the rows of each."""
     torch.manual_seed(0)
-    return [row for cell in cells() if pattern in cell.name for row in run_cell(cell, seconds)]
+    for cell in cells():
+        if pattern in cell.name:
+            yield run_cell(cell, seconds)

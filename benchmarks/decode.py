@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.cuda_timing import cold_calls
 from benchmarks.decode_steps import E4M3, Cell, Ours, error, make_step, peers
 from benchmarks.report import Row, print_row
@@ -46,9 +48,8 @@ ODD = (
 GOAL_OVERHEAD_US, GOAL_GBS = 10.0, 4500.0
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
-    rows = []
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
     for cell in (*BASE, *FP8, *INVARIANT, *ODD):
         if cells not in cell.name:
             continue
@@ -61,8 +62,9 @@ def run(cells: str, seconds: float) -> list[Row]:
         times = cold_calls(calls, seconds=min(seconds, 0.4))
         goal = GOAL_OVERHEAD_US + cell.num_bytes() / GOAL_GBS * 1e-3
         print(f"{cell.name}: goal {goal:.1f} us")
+        rows = []
         for name, time in times.items():
             rate = cell.num_bytes() / time * 1e-9
             rows.append(Row(cell.name, name, time * 1e6, "gbs", rate, error(step, outs[name])))
             print_row(rows[-1], times["fi_backend"] * 1e6)
-    return rows
+        yield rows

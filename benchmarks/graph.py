@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.cuda_timing import graphed_calls
 from benchmarks.decode_steps import Cell, Ours, error, make_step, peers
 from benchmarks.report import Row, print_row
@@ -11,9 +13,8 @@ CELLS = (Cell(1, 1024), Cell(1, 8192), Cell(4, 1024), Cell(8, 1024), Cell(32, 10
 MIN_CALLS, MIN_BYTES = 20, 320_000_000
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
-    rows = []
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
     for cell in CELLS:
         if cells not in cell.name:
             continue
@@ -30,8 +31,9 @@ def run(cells: str, seconds: float) -> list[Row]:
         dependent_out, plain_out = dependent.out.clone(), plain.out.clone()
         outs |= {"fi_backend": dependent_out, "fi_backend without PDL": plain_out}
         times = graphed_calls(sequences, seconds=min(seconds, 0.4))
+        rows = []
         for name, time in times.items():
             rate = cell.num_bytes() / time * 1e-9
             rows.append(Row(cell.name, name, time * 1e6, "gbs", rate, error(steps[0], outs[name])))
             print_row(rows[-1], times["fi_backend"] * 1e6)
-    return rows
+        yield rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from benchmarks import mixed_peers, mixed_residency
@@ -24,9 +26,8 @@ MORE = (
 )
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
-    rows = []
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
     for cell in (*CELLS, *MORE):
         if cells not in cell.name:
             continue
@@ -45,6 +46,7 @@ def run(cells: str, seconds: float) -> list[Row]:
                 out = torch.cat(result)
             errors[name] = error(step, out)
         times = cold_calls(calls, seconds=min(seconds, 0.4))
+        rows = []
         for name, time in times.items():
             rate = cell.num_flops() / time * 1e-12
             rows.append(Row(cell.name, name, time * 1e6, "tflops", rate, errors[name]))
@@ -56,4 +58,4 @@ def run(cells: str, seconds: float) -> list[Row]:
             f"together {at.share:.1%} of the time",
             flush=True,
         )
-    return rows
+        yield rows

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -119,7 +119,7 @@ def run_cell(cell: Cell, backends: Mapping[str, Backend], seconds: float) -> lis
     return time_cell(cell.name, cell.num_bytes(), calls, errors, min(seconds, 0.4))
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield their rows."""
     chosen = [cell for cell in CELLS if cells in cell.name]
-    return time_cells(chosen, BACKENDS, partial(run_cell, seconds=seconds))
+    yield time_cells(chosen, BACKENDS, partial(run_cell, seconds=seconds))

@@ -7,7 +7,7 @@ what engines call once a step. Planning has no peer on the GPU: others plan on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -134,10 +134,11 @@ CALLS: dict[str, Callable[[Cell], tuple[Call, torch.Tensor]]] = {
 }
 
 
-def run(pattern: str, seconds: float) -> list[Row]:
-    """Run the cells whose name contains `pattern`: the kernel for all of them, then plan()."""
+def run(pattern: str, seconds: float) -> Iterator[list[Row]]:
+    """Run the cells whose name contains `pattern`: the kernel for all, then plan(); yield rows."""
     torch.manual_seed(0)
     chosen = [cell for cell in cells() if pattern in cell.name]
-    rows = [run_cell(cell, backend, seconds) for backend in CALLS for cell in chosen]
+    for backend in CALLS:
+        for cell in chosen:
+            yield [run_cell(cell, backend, seconds)]
     print(f"SM clock {sm_clock_mhz()} MHz")
-    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -49,15 +50,16 @@ ODD = (
 MIN_ROUNDS = 10
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
     wanted = [cell for cell in (*BASE, *PAGES, *ODD) if cells in cell.name]
     with ThreadPoolExecutor() as pool:
         compiling = prefill_peers.start_compiling(wanted, pool)
         jit.build([kernel_spec(dim) for dim in sorted({cell.head_dim for cell in wanted})])
         for future in compiling:
             future.result()
-    return [row for cell in wanted for row in run_cell(cell, seconds)]
+    for cell in wanted:
+        yield run_cell(cell, seconds)
 
 
 def run_cell(cell: Cell, seconds: float) -> list[Row]:

@@ -5,7 +5,7 @@ Errors are relative to the largest output: those of sigmoid attention are not no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -24,16 +24,14 @@ OURS = "fi_backend"
 Step = decode_steps.Step | prefill_steps.Step
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
-    rows = []
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
     if cells in DECODE.name:
         gigabytes = DECODE.num_bytes() * 1e-9
-        rows += _time(decode_steps.make_step(DECODE), ("gbs", gigabytes), seconds)
+        yield _time(decode_steps.make_step(DECODE), ("gbs", gigabytes), seconds)
     if cells in PREFILL.name:
         teraflops = PREFILL.num_flops() * 1e-12
-        rows += _time(prefill_steps.make_step(PREFILL), ("tflops", teraflops), seconds)
-    return rows
+        yield _time(prefill_steps.make_step(PREFILL), ("tflops", teraflops), seconds)
 
 
 def _time(step: Step, work: tuple[str, float], seconds: float) -> list[Row]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import report, small_kernels
+from benchmarks import report, run, small_kernels
 from benchmarks.report import Row
 
 
@@ -53,3 +56,34 @@ def test_a_copy_of_the_tree_is_told_its_commit(
     (row,) = json.loads(path.read_text())
     assert row["commit"] == "0123abc"
     assert row["gbs"] == 2.0
+
+
+def test_what_a_run_has_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows are written cell by cell; none begins after the limit, and one that fails loses none."""
+    begun = []
+
+    def measure(cells: str, seconds: float) -> Iterator[list[Row]]:
+        for name in ("first", "second"):
+            begun.append(name)
+            if name == cells:
+                raise RuntimeError("out of memory")
+            yield [Row(name, "fi_backend", 1.0, "gbs", 2.0, 0.0)]
+
+    def cells_of(*arguments: str) -> list[str]:
+        path = tmp_path / "rows.json"
+        monkeypatch.setattr(sys, "argv", ["run", "merge", "--output", str(path), *arguments])
+        begun.clear()
+        try:
+            run.main()
+        finally:
+            written = [row["cell"] for row in json.loads(path.read_text())]
+        return written
+
+    monkeypatch.setitem(sys.modules, "benchmarks.merge", SimpleNamespace(run=measure))
+    assert cells_of() == ["first", "second"]
+    assert cells_of("--limit", "0") == begun == ["first"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cells_of("--cells", "second")
+    assert begun == ["first", "second"]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["cell"] == "first"
