@@ -1,102 +1,52 @@
-"""Decode steps whose requests share prefixes: ours finds these, FlashInfer's cascade is told.
+"""Decode steps whose requests share prefixes: ours finds these, a cascade is told.
 
 One layer of a step in a CUDA graph, on a cold and clean L2. "fi_backend" plans in the graph, search
 for shared pages included; "layer" is the attention alone, as all but the first layer of a model
-see it; "unshared" has the search switched off. Peers are planned before, on the host.
+see it; "unshared" has the search switched off. Cascades and peers are planned before, on the host,
+and cascades get their rows in the order of groups. Errors are those of what a graph has computed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from benchmarks import decode_peers, decode_steps
+from benchmarks import decode_peers
+from benchmarks.cascade_steps import Cell, levels_of, make_step, order_of
 from benchmarks.cuda_timing import capture, cold_calls
-from benchmarks.decode_steps import BF16, Step
+from benchmarks.decode_steps import BF16, Step, expect, largest_error
+from benchmarks.peers import load_peers
 from benchmarks.report import Row, print_row
 from fi_backend import AttentionSpec, PagedAttention, PagedBatch, Plan, Workspace, plan
 
 Call = Callable[[], torch.Tensor]
 
-
-@dataclass(frozen=True)
-class Cell:
-    """Groups of equal size, each with a prefix that its requests share, in turn in the batch.
-
-    Behind it, each group has `branches` of equal size, with `behind` further tokens each.
-    """
-
-    batch: int
-    shared: int
-    own: int
-    groups: int = 1
-    branches: int = 1
-    behind: int = 0
-    num_qo_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 16
-
-    @property
-    def name(self) -> str:
-        """The name used in results."""
-        behind = f"+{self.behind}" if self.behind > 0 else ""
-        groups = f" in {self.groups} groups" if self.groups > 1 else ""
-        branches = f" of {self.branches} branches" if self.branches > 1 else ""
-        return f"bs{self.batch} shared{self.shared}{behind} own{self.own}{groups}{branches}"
-
-    def num_bytes(self) -> int:
-        """Bytes of K and V, each page once."""
-        prefixes = self.groups * (self.shared + self.branches * self.behind)
-        tokens = prefixes + self.batch * self.own
-        return 2 * tokens * self.num_kv_heads * self.head_dim * BF16.itemsize
-
-
 BASE = (
-    Cell(32, 2048, 128),
     Cell(128, 8192, 256),
     Cell(256, 32768, 256),
+    Cell(32, 2048, 128),
     Cell(120, 6000, 250, groups=3),
     Cell(120, 8000, 250, groups=3, branches=4, behind=9600),
-    Cell(128, 0, 2048),
+)
+NOTHING_SHARED = (
     Cell(8, 0, 1024),
+    Cell(16, 0, 1024),
+    Cell(64, 0, 1024),
+    Cell(128, 0, 2048),
+    Cell(256, 0, 256),
 )
-PLOT = tuple(
-    Cell(batch, shared, 256)
-    for batch in (4, 16, 64, 256)
-    for shared in (256, 1024, 4096, 16384)
-    if (batch, shared) not in ((128, 8192), (256, 32768))
+# Ours alone, for the plot of prefix length and group size; what BASE has is not timed again.
+SWEEP = tuple(
+    cell
+    for batch in (8, 16, 32, 64, 128, 256)
+    for shared in (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    if (cell := Cell(batch, shared, 256)) not in BASE
 )
-
-
-def make_step(cell: Cell) -> Step:
-    """Draw q and the caches; pages are shuffled over the whole cache."""
-    page = cell.page_size
-    kv_len = cell.shared + cell.behind + cell.own
-    prefix, behind = cell.shared // page, cell.behind // page
-    more = -(-kv_len // page) - prefix - behind
-    num_branches = cell.groups * cell.branches
-    sizes = [cell.groups * prefix, num_branches * behind, cell.batch * more]
-    prefixes, branches, own = torch.randperm(sum(sizes), dtype=torch.int32).split(sizes)
-    pages = [
-        prefixes.view(cell.groups, prefix).repeat(cell.batch // cell.groups, 1),
-        branches.view(num_branches, behind).repeat(cell.batch // num_branches, 1),
-        own.view(cell.batch, more),
-    ]
-    table = torch.cat(pages, dim=1)
-    shape = (sum(sizes), page, cell.num_kv_heads, cell.head_dim)
-    heads = (cell.num_qo_heads, cell.num_kv_heads, cell.head_dim, page)
-    return Step(
-        decode_steps.Cell(cell.batch, kv_len, *heads),
-        torch.randn(cell.batch, cell.num_qo_heads, cell.head_dim, dtype=BF16, device="cuda"),
-        *(torch.randn(shape, dtype=BF16, device="cuda") for _ in "kv"),
-        torch.full((cell.batch,), kv_len, dtype=torch.int32, device="cuda"),
-        torch.arange(cell.batch + 1, dtype=torch.int32, device="cuda"),
-        table.cuda(),
-    )
+MOST_SECONDS, MOST_SWEEP_SECONDS = 0.4, 0.25
 
 
 class Ours:
@@ -115,11 +65,11 @@ class Ours:
         self._batch = PagedBatch(
             step.qo_indptr, step.kv_lens, block_table=step.block_table, max_qo_len=1
         )
-        self._workspace = Workspace("cuda")
-        self._layer = PagedAttention(self._spec, "cuda")
+        self._workspace = Workspace(step.q.device)
+        self._layer = PagedAttention(self._spec, step.q.device)
         self._plan: Plan | None = None
         self._shares = shares
-        self.out = torch.empty_like(step.q)
+        self._out = torch.empty_like(step.q)
         self.plan()
 
     def plan(self) -> None:
@@ -132,12 +82,17 @@ class Ours:
             share_prefixes=self._shares,
         )
 
+    def num_sharing(self) -> int:
+        """Count the requests that share pages, as planned."""
+        shares = self._plan.shares if self._plan is not None else None
+        return 0 if shares is None else int((shares.groups.first_pages > 0).sum())
+
     def run(self) -> torch.Tensor:
         """Run a layer."""
         assert self._plan is not None
         step = self._step
-        self._layer.run(self._plan, step.q, (step.k, step.v), out=self.out)
-        return self.out
+        self._layer.run(self._plan, step.q, (step.k, step.v), out=self._out)
+        return self._out
 
     def plan_and_run(self) -> torch.Tensor:
         """Plan the step, and run a layer."""
@@ -145,78 +100,103 @@ class Ours:
         return self.run()
 
 
-def calls_of(step: Step) -> dict[str, Call]:
-    """Return our calls."""
-    with_groups, without = Ours(step, shares=True), Ours(step, shares=False)
+@dataclass(frozen=True)
+class Contender:
+    """A call, and the request of each row that it returns, int64 [batch]; None: in their order."""
+
+    call: Call
+    order: torch.Tensor | None = None
+
+    def error(self, out: torch.Tensor, expected: dict[int, torch.Tensor]) -> float:
+        """Return the largest error of an output against decode_steps.expect()."""
+        if self.order is not None:
+            out = out[self.order.argsort().to(out.device)]
+        return largest_error(out, expected)
+
+
+def ours_of(step: Step) -> dict[str, Contender]:
+    """Return our calls, by the names of their rows; say how many requests share."""
+    shared, unshared = Ours(step, shares=True), Ours(step, shares=False)
+    print(f"{shared.num_sharing()} of {step.cell.batch} requests share", flush=True)
     return {
-        "fi_backend": with_groups.plan_and_run,
-        "fi_backend layer": with_groups.run,
-        "fi_backend unshared": without.plan_and_run,
-        "fi_backend unshared layer": without.run,
+        "fi_backend": Contender(shared.plan_and_run),
+        "fi_backend layer": Contender(shared.run),
+        "fi_backend unshared": Contender(unshared.plan_and_run),
+        "fi_backend unshared layer": Contender(unshared.run),
     }
 
 
-def peers_of(step: Step, cell: Cell) -> dict[str, Call]:
-    """Return the calls of peers that import."""
-    found = decode_peers.load(
+def peers_of(cell: Cell, step: Step) -> dict[str, Contender]:
+    """Return the calls of peers that import, and of cascades where something is shared."""
+    without = decode_peers.load(
         num_heads=(cell.num_qo_heads, cell.num_kv_heads),
         head_dim=cell.head_dim,
         page_size=cell.page_size,
         kv_dtype=BF16,
         kv_lens=step.kv_lens,
     )
-    calls = {name: make(step.k, step.v, step.block_table, step.q) for name, make in found.items()}
-    with contextlib.suppress(ImportError):
-        calls["flashinfer cascade"] = _flashinfer_cascade(step, cell)
-    return calls  # type: ignore[return-value]
+    calls = {name: make(step.k, step.v, step.block_table, step.q) for name, make in without.items()}
+    found = {name: Contender(call) for name, call in calls.items()}  # type: ignore[arg-type]
+    if cell.shared == 0:
+        return found
+    makers = {
+        f"{of} cascade": partial(told_levels, of, cell) for of in ("flashinfer", "fi_backend")
+    }
+    order, told = order_of(cell), load_peers(makers, step)
+    return found | {name: Contender(call, order) for name, call in told.items()}  # type: ignore[arg-type]
 
 
-def _flashinfer_cascade(step: Step, cell: Cell) -> Call:
-    import flashinfer
-
-    if cell.shared == 0 or cell.groups > 1:
-        raise ImportError("a level of FlashInfer's has rows of a group one after the other")
-    page = cell.page_size
-    prefix = cell.shared // page
-    own = step.block_table[:, prefix:].contiguous()
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(
-        2, torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD"
+def told_levels(package: str, cell: Cell, step: Step) -> Call:
+    """Plan the cascade of a package, whose rows are in the order of order_of()."""
+    device = step.q.device
+    levels = levels_of(cell, step)
+    wrapper = importlib.import_module(package).MultiLevelCascadeAttentionWrapper(
+        len(levels), torch.empty(512 << 20, dtype=torch.uint8, device=device), "NHD"
     )
-
-    def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
-
-    indptr = torch.arange(cell.batch + 1, dtype=torch.int32, device="cuda")
     wrapper.plan(
-        [ints(0, cell.batch), indptr],
-        [ints(0, prefix), indptr * own.shape[1]],
-        [step.block_table[0, :prefix].contiguous(), own.flatten()],
-        [ints(page), ((step.kv_lens - 1) % page + 1)],
+        [level.qo_indptr for level in levels],
+        [level.kv_indptr for level in levels],
+        [level.kv_indices for level in levels],
+        [level.last_page_len for level in levels],
         cell.num_qo_heads,
         cell.num_kv_heads,
         cell.head_dim,
-        page,
+        cell.page_size,
         q_data_type=BF16,
     )
-    return lambda: wrapper.run(step.q, (step.k, step.v))
+    q = step.q[order_of(cell).to(device)]
+    return lambda: wrapper.run(q, (step.k, step.v))
 
 
-def run(cells: str, seconds: float) -> list[Row]:
-    """Time the cells whose names contain `cells`; return their rows."""
+def run_cell(cell: Cell, seconds: float, *, with_peers: bool) -> list[Row]:
+    """Time one cell, check what its graphs compute, and return the rows."""
+    torch.manual_seed(0)
+    step = make_step(cell)
+    contenders = ours_of(step) | (peers_of(cell, step) if with_peers else {})
+    outs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> None:
+        outs[name] = contenders[name].call()
+
+    graphs = {name: capture([partial(keep, name)]) for name in contenders}
+    times = cold_calls({name: graph.replay for name, graph in graphs.items()}, seconds=seconds)
+    # One request of each branch, and the last one.
+    expected = expect(step, {*range(cell.num_branches), cell.batch - 1})
     rows = []
-    for cell in (*BASE, *PLOT):
-        if cells not in cell.name:
-            continue
-        step = make_step(cell)
-        calls = calls_of(step) | peers_of(step, cell)
-        outs = {name: call().clone() for name, call in calls.items()}
-        graphs = {name: capture([call]) for name, call in calls.items()}
-        times = cold_calls(
-            {name: graph.replay for name, graph in graphs.items()}, seconds=min(seconds, 0.4)
-        )
-        for name, time in times.items():
-            rate = cell.num_bytes() / time * 1e-9
-            error = decode_steps.error(step, outs[name])
-            rows.append(Row(cell.name, name, time * 1e6, "gbs", rate, error))
-            print_row(rows[-1], times["fi_backend"] * 1e6)
+    for name, time in times.items():
+        outs[name].fill_(float("nan"))
+        graphs[name].replay()
+        error = contenders[name].error(outs[name], expected)
+        rate = cell.num_bytes() / time * 1e-9
+        rows.append(Row(cell.name, name, time * 1e6, "gbs", rate, error))
+        print_row(rows[-1], times["fi_backend"] * 1e6)
     return rows
+
+
+def run(cells: str, seconds: float) -> Iterator[list[Row]]:
+    """Time the cells whose names contain `cells`; yield the rows of each."""
+    for cell in (*BASE, *NOTHING_SHARED, *SWEEP):
+        if cells in cell.name:
+            sweeps = cell in SWEEP
+            most = MOST_SWEEP_SECONDS if sweeps else MOST_SECONDS
+            yield run_cell(cell, min(seconds, most), with_peers=not sweeps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -145,12 +145,12 @@ class Ours:
         )
 
 
-def error(step: Step, out: torch.Tensor) -> float:
-    """Largest error of `out` against float64, over its first and last request."""
-    worst = 0.0
+def expect(step: Step, requests: Iterable[int]) -> dict[int, torch.Tensor]:
+    """Compute what requests' rows should be, in float64: [num_qo_heads, head_dim] of each."""
     cell = step.cell
     group = cell.num_qo_heads // cell.num_kv_heads
-    for r in {0, cell.batch - 1}:
+    expected = {}
+    for r in requests:
         length = int(step.kv_lens[r])
         pages = step.block_table[r, : -(-length // cell.page_size)].long()
         k, v = (
@@ -162,9 +162,19 @@ def error(step: Step, out: torch.Tensor) -> float:
             for cache in (step.k, step.v)
         )
         logits = torch.einsum("hd,nhd->hn", step.q[r].double(), k) / math.sqrt(cell.head_dim)
-        expected = torch.einsum("hn,nhd->hd", logits.softmax(1), v)
-        worst = max(worst, float((out[r].double() - expected).abs().max()))
-    return worst
+        expected[r] = torch.einsum("hn,nhd->hd", logits.softmax(1), v)
+    return expected
+
+
+def error(step: Step, out: torch.Tensor) -> float:
+    """Largest error of `out` against float64, over its first and last request."""
+    return largest_error(out, expect(step, {0, step.cell.batch - 1}))
+
+
+def largest_error(out: torch.Tensor, expected: dict[int, torch.Tensor]) -> float:
+    """Largest error of the rows of `out` that expect() has computed; NaN where one has a NaN."""
+    errors = [(out[r].double() - values).abs().max() for r, values in expected.items()]
+    return float(torch.stack(errors).max())
 
 
 def peers(step: Step) -> dict[str, decode_peers.MakeCall]:
