@@ -160,7 +160,7 @@ def answer_batches(requests: Iterable[str], run: Callable[[Batch, str], Answer])
     Args:
         requests: lines of Child.run().
         run: takes a batch and its kind, and returns the answer; what comes before a batch, to fill
-            the cache with its prefix, is of the kind "prefix".
+            the cache with its prefixes, is of the kind "prefix".
     """
     print("ANSWER {}", flush=True)
     for line in requests:
@@ -169,8 +169,9 @@ def answer_batches(requests: Iterable[str], run: Callable[[Batch, str], Answer])
         batch = workload.requests(number)
         if request["kind"] == "small":
             batch = [(prompt[:128], 16) for prompt, _ in batch[:8]]
-        elif workload.prefix is not None:
-            run({"prompts": [workload.prefix(number)], "max_tokens": 1}, "prefix")
+        elif workload.prefixes is not None:
+            for prefix in workload.prefixes(number):  # together, each would compute all of its own
+                run({"prompts": [prefix], "max_tokens": 1}, "prefix")
         prompts, lengths = ([request[i] for request in batch] for i in (0, 1))
         answer = run({"prompts": prompts, "max_tokens": lengths}, request["kind"])
         print("ANSWER", json.dumps(answer), flush=True)

@@ -37,6 +37,7 @@ from e2e.throughput import (
     options,
     record_all,
     started,
+    with_setting,
 )
 from e2e.workloads import Model
 
@@ -125,7 +126,8 @@ def main(words: Sequence[str]) -> None:
     page_sizes = [1, 64] if torch.cuda.is_available() else [1]
     parser.add_argument("--page-sizes", nargs="+", type=int, default=page_sizes, help="in tokens")
     arguments = parser.parse_args(words)
-    contenders = backends([name for name in arguments.backends.split(",") if name])
+    wanted = [name for name in arguments.backends.split(",") if name]
+    contenders = with_setting(backends(wanted), arguments.also)
     print(f"SGLang on {machine_name()}; ratio: ours over the best peer", flush=True)
     path = None if arguments.no_write else arguments.output or results_path("e2e_sglang")
     measured = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from e2e.served import Answer, Batch, answer_batches
 from e2e.workloads import CPU, GPU, Workload, find
 
 GIB = 1 << 30
@@ -28,11 +31,48 @@ def test_rounds_are_as_long_but_other_tokens(workload: Workload) -> None:
 
 def test_a_shared_prefix_begins_every_prompt() -> None:
     workload = find("Llama-3.2-1B bf16 shared prefix 256x(12000+64,256)")
-    assert workload.prefix is not None
-    prefix, requests = workload.prefix(3), workload.requests(3)
+    assert workload.prefixes is not None
+    (prefix,), requests = workload.prefixes(3), workload.requests(3)
     assert len(prefix) == 12000
     assert all(prompt[:12000] == prefix for prompt, _ in requests)
     assert len({tuple(prompt) for prompt, _ in requests}) == len(requests) == 256
+
+
+@pytest.mark.parametrize("cache", ["bf16", "bf16, fp8 KV cache"])
+def test_a_tree_has_variants_below_its_system_prompts(cache: str) -> None:
+    workload = find(f"Llama-3.2-1B {cache} prefix tree 240x(6000+3000+64,256) 3x4")
+    assert workload.prefixes is not None
+    prefixes, requests = workload.prefixes(3), workload.requests(3)
+    assert {len(prefix) for prefix in prefixes} == {9000}
+    assert len({tuple(prefix) for prefix in prefixes}) == len(prefixes) == 3 * 4
+    assert len({tuple(prefix[:6000]) for prefix in prefixes}) == 3
+    of_prefix = [0] * len(prefixes)
+    for prompt, new in requests:
+        assert (len(prompt), new) == (9064, 256)
+        of_prefix[prefixes.index(prompt[:9000])] += 1
+    assert of_prefix == [20] * 12
+    assert len({tuple(prompt) for prompt, _ in requests}) == 240
+
+
+def test_a_cache_is_filled_with_one_prefix_after_the_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workload = find("Llama-3.2-1B bf16 prefix tree 240x(6000+3000+64,256) 3x4")
+    ran: list[tuple[str, Batch]] = []
+
+    def run(batch: Batch, kind: str) -> Answer:
+        ran.append((kind, batch))
+        return {}
+
+    answer_batches([json.dumps({"workload": workload.name, "round": 1, "kind": "whole"})], run)
+    assert capsys.readouterr().out.count("ANSWER {}") == 2
+    assert workload.prefixes is not None
+    *before, (kind, batch) = ran
+    assert before == [
+        ("prefix", {"prompts": [prefix], "max_tokens": 1}) for prefix in workload.prefixes(1)
+    ]
+    assert kind == "whole"
+    assert list(zip(batch["prompts"], batch["max_tokens"], strict=True)) == workload.requests(1)
 
 
 def test_engines_share_a_gpu() -> None:

@@ -13,6 +13,10 @@ FLASH_ATTN and, where it is installed, FLASHINFER. A minute or two of one cell:
 
     python -m e2e.throughput --workloads "8B bf16 decode-heavy" --backends FLASH_ATTN --rounds 1
 
+Shared prefixes with the switch on and off, and in how many texts tokens are the same:
+
+    python -m e2e.throughput --workloads "1B bf16 shared" tree --also FI_BACKEND_SHARED_PREFIX=1
+
 With --trace FILE another round is watched: GPU kernels by name, the GPU's idle time, and what our
 part and the peer's take of the host.
 """
@@ -42,6 +46,7 @@ from e2e import workloads
 from e2e.served import Answer, Child, Engine, serve
 from e2e.step_trace import render
 from e2e.workloads import Model, Workload
+from fi_backend import env
 
 OURS = "fi_backend"
 Measured = tuple[str, list[dict[str, Any]]]  # a workload's name and rows
@@ -81,6 +86,26 @@ def backends(wanted: Sequence[str]) -> dict[str, Backend]:
         del chosen["FLASHINFER"]
         print("FLASHINFER is not measured: there is no flashinfer package", flush=True)
     return {OURS: Backend("flashinfer"), **chosen}
+
+
+def is_ours(name: str) -> bool:
+    """Whether an engine of this name runs our backend: with the settings of all, or one more."""
+    return name.partition(" ")[0] == OURS
+
+
+def with_setting(contenders: dict[str, Backend], setting: str) -> dict[str, Backend]:
+    """Add ours once more with another variable of the environment, as NAME=VALUE, if there is one.
+
+    Raises:
+        SystemExit: `setting` has no value.
+    """
+    if not setting:
+        return contenders
+    variable, equals, value = setting.partition("=")
+    if not equals:
+        raise SystemExit(f"--also must be NAME=VALUE; got {setting}")
+    more = dataclasses.replace(contenders[OURS], environment=((variable, value),))
+    return {OURS: contenders[OURS], f"{OURS} {setting}": more, **contenders}
 
 
 def start_vllm(
@@ -149,7 +174,7 @@ def best_answers(
         if sum(answer["seconds"] for answer in answers[OURS]) > most_seconds:
             break
     for name, of_engine in answers.items():
-        if bool(of_engine[-1]["counters"]["attention_runs"]) != (name == OURS):
+        if bool(of_engine[-1]["counters"]["attention_runs"]) != is_ours(name):
             raise RuntimeError(f"{name}: another backend has served: {of_engine[-1]['counters']}")
     return {
         name: {**of_engine[0], "seconds": min(answer["seconds"] for answer in of_engine)}
@@ -159,11 +184,16 @@ def best_answers(
 
 def report(workload: Workload, starts: list[dict[str, Answer]]) -> list[dict[str, Any]]:
     """Print a line, and return a row for each backend, from what each start of engines gave."""
-    peers = [name for name in starts[0] if name != OURS]
-    ratios = [
-        min((answers[name]["seconds"] for name in peers), default=0.0) / answers[OURS]["seconds"]
-        for answers in starts
-    ]
+    others = [name for name in starts[0] if name != OURS]
+    peers = [name for name in others if not is_ours(name)]
+    best = [min((run[name]["seconds"] for name in peers), default=0.0) for run in starts]
+    ratios = {
+        name: statistics.median(
+            stock / run[name]["seconds"] for stock, run in zip(best, starts, strict=True)
+        )
+        for name in starts[0]
+        if is_ours(name)
+    }
     rows = []
     for name in starts[0]:
         seconds = statistics.median(answers[name]["seconds"] for answers in starts)
@@ -173,16 +203,17 @@ def report(workload: Workload, starts: list[dict[str, Answer]]) -> list[dict[str
                 "backend": name,
                 "us": seconds * 1e6,
                 "out_tps": sum(map(len, starts[-1][name]["tokens"])) / seconds,
-                "tps_over_stock": statistics.median(ratios) if name == OURS else 1.0,
+                "tps_over_stock": ratios.get(name, 1.0),
             }
         )
     speeds = "  ".join(f"{row['backend']} {row['out_tps']:.0f}" for row in rows)
     mine = starts[-1][OURS]["tokens"]
     same = [
-        sum(a == b for a, b in zip(mine, starts[-1][name]["tokens"], strict=True)) for name in peers
+        sum(a == b for a, b in zip(mine, starts[-1][name]["tokens"], strict=True))
+        for name in others
     ]
     print(
-        f"{workload.name:60} {speeds} tok/s  {statistics.median(ratios):5.3f}x  "
+        f"{workload.name:60} {speeds} tok/s  {ratios[OURS]:5.3f}x  "
         f"same tokens in {', '.join(map(str, same))} of {len(mine)} texts",
         flush=True,
     )
@@ -251,6 +282,9 @@ def options(starts: int) -> argparse.ArgumentParser:
         "--workloads", nargs="+", default=[""], help="only those whose name has one of these texts"
     )
     parser.add_argument("--backends", default="", help="only these peers, with commas between")
+    parser.add_argument(
+        "--also", default="", metavar="NAME=VALUE", help="ours again, with this in its environment"
+    )
     parser.add_argument("--starts", type=int, default=starts, help="starts of all engines")
     parser.add_argument(
         "--rounds",
@@ -292,7 +326,9 @@ def record(rows: Iterable[dict[str, Any]], path: Path, **conditions: Any) -> Non
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit(),
+        "shared_prefix": env.SHARED_PREFIX.get(),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
 
 
@@ -319,7 +355,8 @@ def main() -> None:
     if arguments.serve:
         serve(sys.stdin)
         return
-    contenders = backends([name for name in arguments.backends.split(",") if name])
+    wanted = [name for name in arguments.backends.split(",") if name]
+    contenders = with_setting(backends(wanted), arguments.also)
     print(f"vLLM on {machine_name()}; ratio: ours over the best peer", flush=True)
     path = None if arguments.no_write else arguments.output or results_path("e2e_vllm")
     compiled = on_gpu and not arguments.quick

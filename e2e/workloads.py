@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -81,13 +82,14 @@ class Workload:
         model: who serves it.
         label: what it is.
         requests: the requests of a round.
-        prefix: tokens that are in the cache before a round begins.
+        prefixes: prompts whose tokens are in the cache before a round begins, in the order in which
+            an engine has seen them, one at a time.
     """
 
     model: Model
     label: str
     requests: Callable[[int], list[Request]]
-    prefix: Callable[[int], list[int]] | None = None
+    prefixes: Callable[[int], list[list[int]]] | None = None
 
     @property
     def name(self) -> str:
@@ -160,18 +162,50 @@ def _random(
     return Workload(model, f"{kind} {count}x({','.join(texts)})", requests)
 
 
+def _behind(
+    prefixes: Callable[[int], list[list[int]]], count: int, own: int, output: int
+) -> Callable[[int], list[Request]]:
+    """`count` requests with tokens of their own behind prefixes in the cache, which take turns."""
+
+    def requests(round_: int) -> list[Request]:
+        source = random.Random(round_)
+        heads = itertools.cycle(prefixes(round_))
+        return [(next(heads) + _tokens(source, own), output) for _ in range(count)]
+
+    return requests
+
+
 def _shared(model: Model, count: int, shared: int, own: int, output: int) -> Workload:
     """`count` requests that begin alike, with tokens that are in the cache."""
 
-    def prefix(round_: int) -> list[int]:
-        return _tokens(random.Random(f"prefix {round_}"), shared)
-
-    def requests(round_: int) -> list[Request]:
-        head, source = prefix(round_), random.Random(round_)
-        return [(head + _tokens(source, own), output) for _ in range(count)]
+    def prefixes(round_: int) -> list[list[int]]:
+        return [_tokens(random.Random(f"prefix {round_}"), shared)]
 
     label = f"shared prefix {count}x({shared}+{own},{output})"
-    return Workload(model, label, requests, prefix)
+    return Workload(model, label, _behind(prefixes, count, own, output), prefixes)
+
+
+def _tree(
+    model: Model, count: int, roots: tuple[int, int], branches: tuple[int, int], own: int, out: int
+) -> Workload:
+    """System prompts with few-shot variants below each, all in the cache.
+
+    Args:
+        model: who serves it.
+        count: requests, in turn of the variants, those of one system prompt one after the other.
+        roots: system prompts, and the tokens of each.
+        branches: variants of each of them, and their tokens.
+        own: tokens of a request behind its variant.
+        out: tokens to generate.
+    """
+
+    def prefixes(round_: int) -> list[list[int]]:
+        source = random.Random(f"prefix {round_}")
+        heads = [_tokens(source, roots[1]) for _ in range(roots[0])]
+        return [head + _tokens(source, branches[1]) for head in heads for _ in range(branches[0])]
+
+    label = f"prefix tree {count}x({roots[1]}+{branches[1]}+{own},{out}) {roots[0]}x{branches[0]}"
+    return Workload(model, label, _behind(prefixes, count, own, out), prefixes)
 
 
 def _on_gpu() -> Iterable[Workload]:
@@ -189,6 +223,7 @@ def _on_gpu() -> Iterable[Workload]:
         yield _random(small, "long decode", 128, (8192, 8192), (512, 512))
         yield _random(small, "very long", 8, (15000, 15000), (512, 512))
         yield _shared(small, 256, 12000, 64, 256)
+        yield _tree(small, 240, (3, 6000), (4, 3000), 64, 256)
         yield _random(small, "mixed", 256, (64, 4096), (16, 512))
 
 
