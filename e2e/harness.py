@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Batch", "Result", "Task", "assert_same_tokens", "first_differences", "run_engines"]
+__all__ = [
+    "Batch",
+    "Result",
+    "Task",
+    "assert_same_tokens",
+    "end_in_order",
+    "first_differences",
+    "run_engines",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 540
@@ -110,6 +119,11 @@ def run_engines(
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
         raise RuntimeError(f"engine process ended with {child.returncode}:\n{tail}")
     return json.loads(result.read_text())
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process as an error does: what it has started is ended, too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def first_differences(want: list[list[int]], got: list[list[int]]) -> dict[int, int]:

@@ -6,30 +6,30 @@
 The servers of all backends run all the time and are loaded in turn, with the same requests at the
 same times. The peak is what the best stock backend serves if all requests come at once; a load is a
 part of that. A row has the median and the 99th percentile of the time to the first token (TTFT) and
-of the time for each later one (TPOT). JSON goes to
-benchmarks/results/<machine>/e2e_<engine>_latency.json.
+of the time for each later one (TPOT), and the requests that were served a second. JSON goes to
+benchmarks/results/<machine>/e2e_<engine>_latency.json, after each row.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.report import commit, machine_name, results_path
+from benchmarks.report import machine_name, results_path
 from e2e.conftest import FI_TINY
+from e2e.harness import end_in_order
 from e2e.served import SAMPLER, without_compiling
 from e2e.server import Server, Timing, replay, vllm_server
-from e2e.throughput import OURS, backends
+from e2e.throughput import OURS, backends, record
 from e2e.workloads import Model, Request, Workload, find
 
 __all__ = ["main", "poisson_arrivals", "row"]
@@ -55,12 +55,13 @@ def _percentile(values: Sequence[float], percent: int) -> float:
 
 
 def row(timings: Sequence[Timing]) -> dict[str, float]:
-    """Return the percentiles of a run, in us."""
-    return {
+    """Return the percentiles of a run, in us, and its requests a second."""
+    found = {
         f"{name}_p{percent}_us": 1e6 * _percentile([getattr(t, field) for t in timings], percent)
         for name, field in (("ttft", "first"), ("tpot", "each"))
         for percent in (50, 99)
     }
+    return {**found, "requests_per_s": len(timings) / max(timing.done for timing in timings)}
 
 
 def start_vllm(
@@ -88,7 +89,11 @@ def start(
     starter: Callable[[Model, Path, Sequence[str], int], dict[str, Server]],
     wanted: Sequence[str],
 ) -> dict[str, Server]:
-    """Start the server of each backend, all at once, and wait for them."""
+    """Start the server of each backend, all at once, and wait for them; leave out peers that fail.
+
+    Raises:
+        RuntimeError: ours has failed.
+    """
     model = workload.model
     folder = directory / "model"
     shutil.copytree(model.folder(directory), folder)
@@ -97,13 +102,22 @@ def start(
     on_gpu = torch.cuda.is_available()
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     servers = starter(model, folder, wanted, gpu_bytes)
+    ready = {}
     try:
-        for server in servers.values():
-            server.wait()
-    except RuntimeError:
+        for name, server in servers.items():
+            try:
+                server.wait()
+            except RuntimeError as error:
+                server.close()
+                if name == OURS:
+                    raise
+                print(f"{name} is not measured: {error}", flush=True)
+            else:
+                ready[name] = server
+    except BaseException:
         close(servers)
         raise
-    return servers
+    return ready
 
 
 def close(servers: dict[str, Server]) -> None:
@@ -122,27 +136,29 @@ def rounds_of(workload: Workload, count: int, most_tokens: int) -> list[list[Req
 
 def measure(
     servers: dict[str, Server], rounds: Sequence[Sequence[Request]], loads: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Find the peak with the first round, then load each server with the others."""
+) -> Iterator[dict[str, Any]]:
+    """Find the peak with the first round, then load each server with the others; yield the rows."""
+
+    def load_server(name: str, cell: str, number: int, arrivals: list[float]) -> dict[str, Any]:
+        server = servers[name]
+        found = row(replay(server.url, server.api, rounds[number], arrivals))
+        times = ", ".join(f"{k[:-3]} {v / 1000:.1f}" for k, v in found.items() if k.endswith("_us"))
+        served = f"{found['requests_per_s']:.2f} requests/s"
+        print(f"  {cell}, {name}: {times} ms, {served}", flush=True)
+        return {"cell": cell, "backend": name, **found}
+
     peaks = {}
     for name, server in servers.items():
-        replay(
-            server.url, server.api, rounds[0][:8], [0.0] * 8
-        )  # what is compiled or loaded on first use
-        timings = replay(server.url, server.api, rounds[0], [0.0] * len(rounds[0]))
-        peaks[name] = len(timings) / max(timing.done for timing in timings)
-        print(f"  {name}: {peaks[name]:.2f} requests/s at once", flush=True)
+        few = rounds[0][:8]
+        replay(server.url, server.api, few, [0.0] * len(few))  # what first use compiles and loads
+        found = load_server(name, "all at once", 0, [0.0] * len(rounds[0]))
+        peaks[name] = found["requests_per_s"]
+        yield found
     peak = max((rate for name, rate in peaks.items() if name != OURS), default=peaks[OURS])
-    rows = []
     for number, load in enumerate(loads, start=1):
-        requests = rounds[number]
-        arrivals = poisson_arrivals(len(requests), load * peak, seed=number)
-        for name, server in servers.items():
-            found = row(replay(server.url, server.api, requests, arrivals))
-            rows.append({"cell": f"{load:.0%} of peak", "backend": name, **found})
-            shown = ", ".join(f"{key[:-3]} {value / 1000:.1f}" for key, value in found.items())
-            print(f"  {load:.0%} of peak, {name}: {shown} ms", flush=True)
-    return rows
+        arrivals = poisson_arrivals(len(rounds[number]), load * peak, seed=number)
+        for name in servers:
+            yield load_server(name, f"{load:.0%} of peak", number, arrivals)
 
 
 def main() -> None:
@@ -166,23 +182,18 @@ def main() -> None:
         starter = functools.partial(start_sglang, arguments.page_size)
     wanted = [name for name in arguments.backends.split(",") if name]
     rounds = rounds_of(workload, 1 + len(arguments.loads), arguments.most_tokens)
+    path = arguments.output or results_path(routine)
+    end_in_order()
     with tempfile.TemporaryDirectory() as directory:
         servers = start(workload, Path(directory), starter, wanted)
+        rows = []
         try:
-            rows = measure(servers, rounds, arguments.loads)
+            for found in measure(servers, rounds, arguments.loads):
+                rows.append(found)
+                record(rows, path, routine=routine, workload=workload.name)
         finally:
             close(servers)
-    conditions = {
-        "routine": routine,
-        "workload": workload.name,
-        "gpu": machine_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit(),
-    }
-    path = arguments.output or results_path(routine)
-    path.write_text(json.dumps([{**found, **conditions} for found in rows], indent=1) + "\n")
-    print("wrote", path)
+    print("rows are in", path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ __all__ = ["VLLM", "Api", "Server", "Timing", "flags", "replay", "vllm_server"]
 
 _NAME = "model"
 _READY_SECONDS = 300.0
+_END_SECONDS = 30.0
 _VARIABLES = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # as a server is by itself
 
 
@@ -118,9 +119,13 @@ class Server:
         raise RuntimeError(f"no server at {self.url}:\n{tail}")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which has some time to do so by itself."""
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def vllm_server(

@@ -4,6 +4,8 @@
 
 The cache holds a part of what the requests want, so that SGLang retracts some. When it is idle, it
 looks for lost slots itself, and ends if there are any. What else must hold is said in e2e.soak.
+What has happened so far is written to benchmarks/results/<machine>/e2e_sglang_soak.json again and
+again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,16 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.report import results_path
 from e2e.conftest import FI_TINY
-from e2e.harness import ROOT
+from e2e.harness import ROOT, end_in_order
 from e2e.sglang_served import engine_environment
 from e2e.sglang_site import CPU_ARGUMENTS
-from e2e.soak import MAX_GROWN_BYTES, MOST_SECONDS, PROBE, Soak
+from e2e.soak import MAX_GROWN_BYTES, MOST_SECONDS, PROBE, Soak, teller
 
 __all__ = ["PATIENCE_SECONDS", "main", "soak"]
 
+_ROUTINE = "e2e_sglang_soak"
 # For an engine's start, which may compile, and twice the most that few requests may take.
 PATIENCE_SECONDS = 600 + 2 * MOST_SECONDS
 _ENGINE: dict[str, Any] = {
@@ -95,8 +100,10 @@ def _memory_bytes() -> dict[str, int]:
     return held
 
 
-def soak_here(minutes: float, backend: str, page_size: int) -> dict[str, Any]:
-    """Child process: start an engine, soak it, and return what happened."""
+def soak_here(
+    minutes: float, backend: str, page_size: int, tell: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Child process: start an engine, soak it, and return what happened; `tell` it now and then."""
     from sglang.srt.entrypoints.engine import Engine
 
     on_gpu = torch.cuda.is_available()
@@ -108,14 +115,14 @@ def soak_here(minutes: float, backend: str, page_size: int) -> dict[str, Any]:
         **_ENGINE,
         **({} if on_gpu else CPU_ARGUMENTS),
     )
-    result = SGLangSoak(engine).quarter_and_rest(minutes, _memory_bytes)
+    result = SGLangSoak(engine).quarter_and_rest(minutes, _memory_bytes, tell)
     engine.loop.run_until_complete(asyncio.sleep(2.0))  # idle: it looks for lost slots
     engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 4})
     engine.shutdown()
     return result
 
 
-def soak(minutes: float, backend: str, page_size: int, log: Path) -> dict[str, Any]:
+def soak(minutes: float, backend: str, page_size: int, log: Path, output: Path) -> dict[str, Any]:
     """Soak an engine in a process of its own, and return what happened.
 
     Args:
@@ -123,11 +130,13 @@ def soak(minutes: float, backend: str, page_size: int, log: Path) -> dict[str, A
         backend: as a user asks for it.
         page_size: tokens of a page of the cache.
         log: file for what the engine prints.
+        output: JSON file for what has happened so far.
 
     Raises:
         RuntimeError: the engine has failed; the message is its log's tail.
     """
     words = ["--minutes", str(minutes), "--backend", backend, "--page-size", str(page_size)]
+    words += ["--output", str(output.absolute())]
     with log.open("w") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "e2e.sglang_soak", *words, "--child"],
@@ -158,14 +167,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--backend", default="fi_backend", help="as a user asks for it")
     parser.add_argument("--page-size", type=int, default=1, help="tokens of a page of the cache")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     asked = (arguments.minutes, arguments.backend, arguments.page_size)
+    tell = teller(_ROUTINE, arguments.backend, arguments.output)
     if arguments.child:
-        print("RESULT", json.dumps(soak_here(*asked)), flush=True)
+        print("RESULT", json.dumps(soak_here(*asked, tell)), flush=True)
         return
+    end_in_order()
+    output = arguments.output or results_path(_ROUTINE)
     with tempfile.TemporaryDirectory() as directory:
-        result = soak(*asked, Path(directory) / "log.txt")
+        result = soak(*asked, Path(directory) / "log.txt", output)
+    tell(result)
     print(json.dumps(result, indent=1))
     grown = max(result["grown_bytes"].values())
     sys.exit(int(result["texts_of_probe"] != 1 or grown > MAX_GROWN_BYTES))

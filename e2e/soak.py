@@ -6,6 +6,8 @@ The cache holds a part of what the requests want, so that the engine preempts. E
 same prompt is asked again, alone among the others: its text must stay what it was (in bf16, where
 company changes roundings, its first tokens). At the end all pages of the cache are free again and
 the process has hardly grown. The CPU serves our trained model in fp32, a GPU the same in bf16.
+What has happened so far is printed, and written to benchmarks/results/<machine>/e2e_vllm_soak.json,
+again and again.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import results_path
 from e2e.conftest import FI_TINY, fi_tiny_prompts
 from e2e.engine import EXTENSION, StepLog, release
 from e2e.harness import ENVIRONMENT
+from e2e.served import without_compiling
+from e2e.throughput import record
 
-__all__ = ["MAX_GROWN_BYTES", "MOST_SECONDS", "PROBE", "PROBE_TOKENS", "Soak", "main"]
+__all__ = ["MAX_GROWN_BYTES", "MOST_SECONDS", "PROBE", "PROBE_TOKENS", "Soak", "main", "teller"]
 
 _PAGE = 32
 _ENGINE: dict[str, Any] = {
@@ -43,6 +48,7 @@ _ENGINE: dict[str, Any] = {
 }
 PROBE, PROBE_TOKENS = "probe", 32
 _PROBE_SECONDS = 5.0  # from one to the next
+_TOLD_SECONDS = 20.0  # from one time that it is said what has happened to the next
 _MAX_WAITING = 48
 # However slow the machine: enough traffic for preemptions, and an end of it.
 _FEWEST_FINISHED = 24
@@ -77,12 +83,17 @@ class Soak:
         self._alive: list[str] = []
         self._added = 0
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float, tell: Callable[[], None]) -> None:
         """Keep the engine busy for so long, then let it finish what it has.
 
         A machine on which too few requests finish in that time gets more.
+
+        Args:
+            seconds: how long.
+            tell: called now and then.
         """
         begin = now = next_probe = time.monotonic()
+        next_told = begin + _TOLD_SECONDS
         enough = self.finished + _FEWEST_FINISHED
         latest = begin + max(seconds, MOST_SECONDS)
         while now < begin + seconds or (
@@ -91,6 +102,9 @@ class Soak:
             if now >= next_probe and PROBE not in self._alive:
                 self._add(PROBE, self._prompts[0], PROBE_TOKENS)
                 next_probe = now + _PROBE_SECONDS
+            if now >= next_told:
+                tell()
+                next_told = now + _TOLD_SECONDS
             self._arrive()
             self._leave()
             self._step()
@@ -99,28 +113,38 @@ class Soak:
             self._step()
 
     def quarter_and_rest(
-        self, minutes: float, memory: Callable[[], dict[str, int]]
+        self,
+        minutes: float,
+        memory: Callable[[], dict[str, int]],
+        tell: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
         """Run for so long, and return what happened.
 
         Args:
             minutes: in all; the first quarter fills pools and caches.
             memory: what is held, in bytes; what it grows by afterwards is returned.
+            tell: called now and then with what has happened so far.
         """
-        self.run(60 * minutes / 4)
-        before = memory()
-        self.run(60 * minutes * 3 / 4)
-        after = memory()
+        begin = time.monotonic()
+        before: dict[str, int] = {}
         shown = 8 if torch.cuda.is_available() else PROBE_TOKENS
-        return {
-            "minutes": minutes,
-            "finished": self.finished,
-            "aborted": self.aborted,
-            "cached_tokens": self.cached_tokens,
-            "probes": len(self.probes),
-            "texts_of_probe": len({tuple(text[:shown]) for text in self.probes}),
-            "grown_bytes": {name: after[name] - before[name] for name in after},
-        }
+
+        def so_far() -> dict[str, Any]:
+            held = memory()
+            return {
+                "minutes": (time.monotonic() - begin) / 60,
+                "finished": self.finished,
+                "aborted": self.aborted,
+                "cached_tokens": self.cached_tokens,
+                "probes": len(self.probes),
+                "texts_of_probe": len({tuple(text[:shown]) for text in self.probes}),
+                "grown_bytes": {name: held[name] - size for name, size in before.items()},
+            }
+
+        self.run(60 * minutes / 4, lambda: tell(so_far()))
+        before.update(memory())
+        self.run(60 * minutes * 3 / 4, lambda: tell(so_far()))
+        return so_far()
 
     def _arrive(self) -> None:
         """Nothing, or a burst of requests; half of them begin as others did."""
@@ -183,25 +207,26 @@ def memory_bytes() -> dict[str, int]:
     return held
 
 
-def soak(minutes: float, backend: str | None) -> dict[str, Any]:
-    """Start an engine, soak it, and return what happened."""
+def soak(
+    minutes: float, backend: str | None, tell: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Start an engine, soak it, and return what happened; `tell` is called with it now and then."""
     import vllm
 
     on_gpu = torch.cuda.is_available()
     memory = {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.1} if on_gpu else {}
+    arguments = without_compiling({**_ENGINE, **memory, "enforce_eager": not on_gpu})
     engine = vllm.LLM(
         model=str(FI_TINY),
         dtype="bfloat16" if on_gpu else "float32",
         attention_backend=backend,
-        enforce_eager=not on_gpu,
         worker_extension_cls=EXTENSION,
-        **_ENGINE,
-        **memory,
+        **arguments,
     )
     log = StepLog(engine)
     free = free_pages(engine)
     traffic = Soak(engine)
-    happened = traffic.quarter_and_rest(minutes, memory_bytes)
+    happened = traffic.quarter_and_rest(minutes, memory_bytes, tell)
     result = {
         **happened,
         **log.counts(),
@@ -213,14 +238,28 @@ def soak(minutes: float, backend: str | None) -> dict[str, Any]:
     return result
 
 
+def teller(routine: str, backend: str, path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Return what prints a line, and writes the row of a soak to `path`, by default in results."""
+    file = path or results_path(routine)
+
+    def tell(happened: dict[str, Any]) -> None:
+        print("so far:", json.dumps(happened), flush=True)
+        record([{"cell": "soak", "backend": backend, **happened}], file, routine=routine)
+
+    return tell
+
+
 def main() -> None:
     """Parse the command line, soak, print the figures; exit with 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m e2e.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--backend", default="flashinfer", help="as a user asks for it")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/...")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    result = soak(arguments.minutes, arguments.backend)
+    tell = teller("e2e_vllm_soak", arguments.backend, arguments.output)
+    result = soak(arguments.minutes, arguments.backend, tell)
+    tell(result)
     print(json.dumps(result, indent=1))
     wrong = result["pages_lost"] != 0 or result["texts_of_probe"] != 1
     sys.exit(int(wrong or max(result["grown_bytes"].values()) > MAX_GROWN_BYTES))

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("aiohttp", reason="the client's package comes with vllm")
 
-from e2e.latency import poisson_arrivals, rounds_of, row
+from e2e.harness import ROOT
+from e2e.latency import measure, poisson_arrivals, rounds_of, row, start
 from e2e.server import VLLM, Timing, flags, replay
+from e2e.throughput import OURS
 from e2e.workloads import find
 
 FIRST, EACH, TOKENS = 0.08, 0.02, 6
@@ -98,3 +105,70 @@ def test_answers_are_cut_short() -> None:
     first, second = rounds_of(workload, 2, 16)
     assert len(first) == len(second) == 32
     assert {tokens for _, tokens in first} == {16}
+
+
+def test_each_row_comes_as_it_is_measured(url: str) -> None:
+    """The peak is the best peer's, and a load is a part of it."""
+    servers: dict[str, Any] = {name: SimpleNamespace(url=url, api=VLLM) for name in (OURS, "stock")}
+    requests = [([1, 2], TOKENS)] * 2
+    rows = measure(servers, [requests, requests], [0.5])
+    (peak, _), *loaded = [(row["requests_per_s"], row) for row in rows]
+    assert 0 < peak < 2 / (FIRST + (TOKENS - 1) * EACH)
+    assert [(row["cell"], row["backend"]) for _, row in loaded] == [
+        ("all at once", "stock"),
+        ("50% of peak", OURS),
+        ("50% of peak", "stock"),
+    ]
+    assert all(row["ttft_p50_us"] >= 1e6 * FIRST for _, row in loaded)
+
+
+def test_a_run_that_is_told_to_end_closes_what_it_has_started() -> None:
+    text = """
+from e2e.harness import end_in_order
+end_in_order()
+try:
+    print("ready", flush=True)
+    input()
+finally:
+    print("closed")
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", text], stdin=pipe, stdout=pipe, cwd=ROOT, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.terminate()
+        assert child.stdout.read() == "closed\n"
+    assert child.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("failing", ["stock", OURS])
+def test_a_peer_that_does_not_start_is_left_out(
+    failing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> None:
+            if self.name == failing:
+                raise RuntimeError("out of memory")
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    def starter(*_: object) -> dict[str, Any]:
+        return {name: Fake(name) for name in (OURS, "stock")}
+
+    workload = find("fi-tiny float32 32 prompts x 256")
+    if failing == OURS:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            start(workload, tmp_path, starter, [])
+        assert {OURS, "stock"} <= set(closed)
+        return
+    assert list(start(workload, tmp_path, starter, [])) == [OURS]
+    assert closed == ["stock"]
+    assert "stock is not measured: out of memory" in capsys.readouterr().out

@@ -18,7 +18,7 @@ def test_traffic_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
         sglang_path()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    result = soak(0.25, "fi_backend", 1, tmp_path / "log.txt")
+    result = soak(0.25, "fi_backend", 1, tmp_path / "log.txt", tmp_path / "soak.json")
     for happened in ("finished", "aborted", "retracted", "cached_tokens"):
         assert result[happened] > 0, happened
     assert result["probes"] >= 2

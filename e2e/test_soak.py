@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,10 @@ TIMEOUT_SECONDS = 600 + 2 * MOST_SECONDS
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(TIMEOUT_SECONDS + 30)]
 
 
-def test_traffic_leaves_the_engine_as_it_was() -> None:
+def test_traffic_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
     child = subprocess.run(
-        [sys.executable, "-m", "e2e.soak", "--minutes", "0.25"],
+        [sys.executable, "-m", "e2e.soak", "--minutes", "0.25", "--output", str(output)],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},  # OpenMP reads its own before main() can set it
         capture_output=True,
@@ -33,4 +35,6 @@ def test_traffic_leaves_the_engine_as_it_was() -> None:
     assert result["probes"] >= 2
     assert result["texts_of_probe"] == 1
     assert result["pages_lost"] == 0
+    (row,) = json.loads(output.read_text())
+    assert {name: row[name] for name in result} == result
     assert result["counters"]["attention_runs"] == result["counters"]["layer_calls"] > 0
