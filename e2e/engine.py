@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 EXTENSION = "fi_backend.integrations.vllm.worker_extension.WorkerExtension"
 
@@ -40,6 +42,25 @@ def zeroed_attention(active: bool) -> Iterator[None]:
         yield
     finally:
         FIAttentionImpl.forward = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def forgotten_prefixes(active: bool) -> Iterator[None]:
+    """Let requests see nothing of what they share: so it is noticed, and shown that they share."""
+    if not active:
+        yield
+        return
+    from fi_backend.shared_prefixes import SharedPrefixes
+
+    original = SharedPrefixes.run
+
+    def forget(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        found["prior_lse"].fill_(-math.inf)
+        return found
+
+    with patch.object(SharedPrefixes, "run", forget):
+        yield
 
 
 def runner_of(engine: Any) -> Any:
@@ -182,7 +203,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
     start = time.perf_counter()
     # Broken before the engine is made, or its CUDA graphs would hold the whole attention.
-    with zeroed_attention(task["zero_attention"]):
+    with zeroed_attention(task["zero_attention"]), forgotten_prefixes(task["forget_prefixes"]):
         engine = make_engine(task)
         ready = time.perf_counter() - start
         log = StepLog(engine)

@@ -54,7 +54,8 @@ class Batch:
 class Task:
     """One engine: a model, a backend, and the batches it gets. `backend` None asks for nothing.
 
-    Batch `traced` runs last, and its GPU kernels are counted.
+    Batch `traced` runs last, and its GPU kernels are counted. `zero_attention`, `forget_prefixes`
+    break ours on purpose: all of it, what requests share.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
     zero_attention: bool = False
+    forget_prefixes: bool = False
     traced: Batch | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Task:
             **{name: getattr(self, name) for name in ("name", "backend", "dtype", "engine")},
             "model": str(self.model),
             "zero_attention": self.zero_attention,
+            "forget_prefixes": self.forget_prefixes,
             "batches": [batch.describe() for batch in self.batches],
             "traced": None if self.traced is None else self.traced.describe(),
         }
