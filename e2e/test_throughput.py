@@ -45,7 +45,7 @@ def test_rows_say_whether_prefixes_were_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a machine without a folder" / "rows.json"
-    for value, expected in (("1", True), ("0", False)):
+    for value, expected in (("1", True), ("0", False), ("", None)):
         monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", value)
         record([{"cell": "a"}], path, routine="e2e_vllm")
         (row,) = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""vLLM on a GPU with FI_BACKEND_SHARED_PREFIX on: the tokens of the same engine with it off.
+"""vLLM on a GPU as it comes: the tokens of the same engine with FI_BACKEND_SHARED_PREFIX=0.
 
 Most requests begin with one of two system prompts of thousands of tokens, which are in the cache;
 decode steps and mixed steps then attend to each of these once. Where tokens differ, logits must be
@@ -61,13 +61,13 @@ def graphs(mode: str) -> dict[str, Any]:
     return engine | ENGINE
 
 
-# Engines: the backend as it is asked for, its arguments, and whether prefixes are shared.
+# Engines: the backend as it is asked for, its arguments, and what FI_BACKEND_SHARED_PREFIX is.
 DECODE_GRAPHS = graphs("FULL_DECODE_ONLY")
 ENGINES: dict[str, tuple[str, dict[str, Any], str]] = {
     "off": ("flashinfer", DECODE_GRAPHS, "0"),
-    "on": ("flashinfer", DECODE_GRAPHS, "1"),
-    "on, all graphs": ("flashinfer", graphs("FULL"), "1"),
-    "forgetting": ("flashinfer", DECODE_GRAPHS, "1"),
+    "on": ("flashinfer", DECODE_GRAPHS, ""),
+    "on, all graphs": ("flashinfer", graphs("FULL"), ""),
+    "forgetting": ("flashinfer", DECODE_GRAPHS, ""),
     "stock": ("FLASH_ATTN", DECODE_GRAPHS, "0"),
     "triton": ("TRITON_ATTN", EAGER | ENGINE, "0"),
 }

@@ -15,7 +15,7 @@ FLASH_ATTN and, where it is installed, FLASHINFER. A minute or two of one cell:
 
 Shared prefixes with the switch on and off, and in how many texts tokens are the same:
 
-    python -m e2e.throughput --workloads "1B bf16 shared" tree --also FI_BACKEND_SHARED_PREFIX=1
+    python -m e2e.throughput --workloads "1B bf16 shared" tree --also FI_BACKEND_SHARED_PREFIX=0
 
 With --trace FILE another round is watched: GPU kernels by name, the GPU's idle time, and what our
 part and the peer's take of the host.
@@ -326,7 +326,7 @@ def record(rows: Iterable[dict[str, Any]], path: Path, **conditions: Any) -> Non
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit(),
-        "shared_prefix": env.SHARED_PREFIX.get(),
+        "shared_prefix": env.SHARED_PREFIX.get(),  # None: as the engine says
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
