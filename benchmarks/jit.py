@@ -31,12 +31,16 @@ LLAMA_8B = {
 
 
 def cells() -> dict[str, list[KernelSpec]]:
-    """Return the modules of every cell, all for bf16 and heads of 128."""
+    """Return the modules of every cell, all for bf16 and heads of 128.
+
+    A decode wrapper compiles the planner and the few-row kernel at its first plan(), an engine all
+    kernels of its layers and what writes their cache before its first step.
+    """
     layer = AttentionSpec(
         num_qo_heads=32, num_kv_heads=8, head_dim_qk=128, q_dtype=torch.bfloat16, page_size=16
     )
     engine = attention_kernels([layer], "cuda")
-    decode = [spec for spec in engine if not spec.name.startswith("prefill")]
+    decode = attention_kernels([layer], "cuda", max_qo_len=1)
     bf16 = torch.bfloat16
     small = [
         norm.rmsnorm_cuda_spec(bf16),
@@ -48,8 +52,9 @@ def cells() -> dict[str, list[KernelSpec]]:
     ]
     return {
         "merge, the first to use the compilers": [merge.merge_cuda_spec(bf16, bf16)],
+        "decode wrapper: plan, decode": [s for s in decode if not s.name.startswith("append")],
         "plan, decode, append, merge": [*decode, merge.merge_cuda_spec(bf16, bf16)],
-        "plan, decode, append, prefill": engine,
+        "engine: plan, decode, prefill, mixed, append": engine,
         "norm, rope, activation, append": small,
         "all of Llama-3.1-8B": specs_for_model(LLAMA_8B, "cuda"),
         "prefill alone": [spec for spec in engine if spec.name.startswith("prefill")],

@@ -187,6 +187,7 @@ class BatchDecodeWithPagedKVCacheWrapper(AttentionWrapper):
             ),
             num_tokens=batch_size * q_len,
             split_tokens=options.split_tokens(page_size),
+            max_qo_len=q_len,
         )
         self._q_len_per_req = q_len
 

@@ -132,10 +132,13 @@ def _attend(
     if variant is not None:
         spec = replace(spec, variant=variant)
     kernel_spec, rotation = split_rotation(spec, q.device)
-    layer = PagedAttention(kernel_spec, q.device)
+    # A prefill of any length is as likely as this one; a decode comes with many of its kind.
+    max_qo_len = 1 if q.shape[0] == 1 else None
+    layer = PagedAttention(kernel_spec, q.device, max_qo_len=max_qo_len)
     # Made on the device, so that a CUDA graph can hold the call: it cannot copy from the host.
     zero_and_one = torch.arange(2, dtype=torch.int32, device=q.device)
     batch = PagedBatch.ragged(zero_and_one * q.shape[0], zero_and_one * kv_len)
+    batch = replace(batch, max_qo_len=max_qo_len)
     mask, mask_indptr = resolve_mask(
         custom_mask,
         packed_custom_mask,

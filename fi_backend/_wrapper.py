@@ -62,6 +62,7 @@ class AttentionWrapper(ABC):
         self._spec: AttentionSpec | None = None
         self._plan: Plan | None = None
         self._rotation: KeyRotation | None = None
+        self._max_qo_len: int | None = None  # of all that the layers below run
         # By what a run may still choose: whether there are sinks, and sm_scale.
         self._layers: dict[tuple[bool, float], PagedAttention] = {}
         self._alibi_slopes: torch.Tensor | None = None
@@ -218,6 +219,7 @@ class AttentionWrapper(ABC):
         *,
         num_tokens: int | None = None,
         split_tokens: int = 0,
+        max_qo_len: int | None = None,
         mask: torch.Tensor | None = None,
         mask_indptr: torch.Tensor | None = None,
     ) -> None:
@@ -229,15 +231,17 @@ class AttentionWrapper(ABC):
             num_tokens: query rows of the batch, where the host knows them and they hold for every
                 replay of a graph: outputs made by run() then have no padding rows to clear.
             split_tokens: as for plan().
+            max_qo_len: as for PagedAttention(); None makes the kernels of other steps ready, too.
             mask, mask_indptr: as for PagedAttention.run(), if spec.custom_mask.
         """
         if spec.variant != self._variant:
             spec = replace(spec, variant=self._variant)
         layers, rotation = self._layers, self._rotation
         kernel_spec = self._kernel_spec(spec)
-        if spec != self._spec:
+        if spec != self._spec or max_qo_len != self._max_qo_len:
             kernel_spec, rotation = split_rotation(spec, self._device)
-            layers = {(spec.sinks, spec.sm_scale): PagedAttention(kernel_spec, self._device)}
+            layer = PagedAttention(kernel_spec, self._device, max_qo_len=max_qo_len)
+            layers = {(spec.sinks, spec.sm_scale): layer}
             if rotation is not None:
                 rotation.load(self._device)
         step = plan(
@@ -255,7 +259,7 @@ class AttentionWrapper(ABC):
             self._fixed_plans[spec.geometry] = step
             self._fixed = self._fixed or (spec, split_tokens)
         self._layers, self._rotation = layers, rotation
-        self._spec = spec
+        self._spec, self._max_qo_len = spec, max_qo_len
         heads = spec.num_qo_heads
         if spec.alibi and (self._alibi_slopes is None or self._alibi_slopes.shape[0] != heads):
             # Kept from plan to plan, since a CUDA graph keeps its address.
@@ -294,6 +298,7 @@ class AttentionWrapper(ABC):
                 old.batch,
                 num_tokens=old.num_tokens,
                 split_tokens=self._split_tokens,
+                max_qo_len=self._max_qo_len,
                 mask=self._mask,
                 mask_indptr=self._mask_indptr,
             )
@@ -344,7 +349,7 @@ class AttentionWrapper(ABC):
         layer = self._layers.get(key)
         if layer is None:
             changed = replace(self._kernel_spec(spec), sinks=key[0], sm_scale=key[1])
-            layer = PagedAttention(changed, self._device)
+            layer = PagedAttention(changed, self._device, max_qo_len=self._max_qo_len)
             if len(self._layers) >= _MAX_LAYERS:
                 del self._layers[next(iter(self._layers))]
             self._layers[key] = layer

@@ -63,11 +63,23 @@ class PagedAttention:
 
     The constructor compiles or loads the kernels, so that run() only launches them.
 
+    Args:
+        spec: the layer.
+        device: where it runs.
+        max_qo_len: the most that batches of its plans promise as their max_qo_len; None for any
+            batch. Where the few-row kernel of a GPU takes as many rows, no other is compiled.
+
     Raises:
         UnsupportedError: `spec` is not supported; the message says what is.
     """
 
-    def __init__(self, spec: AttentionSpec, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        device: torch.device | str = "cpu",
+        *,
+        max_qo_len: int | None = None,
+    ) -> None:
         reason = supports(spec, torch.device(device).type)
         if reason is not None:
             raise UnsupportedError(f"PagedAttention: {reason}")
@@ -78,8 +90,10 @@ class PagedAttention:
         self._kernels = attention_kernels.load(
             device_type=torch.device(device).type,
             with_groups=on_gpu and self._geometry.shares_prefixes,
+            max_rows=None if max_qo_len is None else max_qo_len * spec.group_size,
             **spec.kernel_types,
         )
+        self._max_qo_len = max_qo_len
         self._checked = env.CHECKED.get()
 
     def run(
@@ -197,6 +211,8 @@ class PagedAttention:
         """Whether plan, q and cache are for this layer: what native code does not check."""
         if plan.geometry is not self._geometry or not isinstance(k, torch.Tensor):
             return False
+        if self._max_qo_len is not None and not self._keeps_promise(plan):
+            return False
         # Index by index: one slice of a torch.Size costs as much as all of these reads.
         spec, q_sizes, k_sizes = self.spec, q.shape, k.shape
         return (
@@ -208,6 +224,10 @@ class PagedAttention:
             and k_sizes[1] == spec.page_size
             and k_sizes[2] == spec.num_kv_heads
         )
+
+    def _keeps_promise(self, plan: Plan) -> bool:
+        most, promised = self._max_qo_len, plan.batch.max_qo_len
+        return most is None or (promised is not None and promised <= most)
 
     def _check_tensors(
         self,
@@ -224,6 +244,11 @@ class PagedAttention:
             raise ValueError(
                 f"plan was made for {plan.geometry}; this layer has {self._geometry}. "
                 f"Plan again with this layer's spec"
+            )
+        if not self._keeps_promise(plan):
+            raise ValueError(
+                f"plan must be of a batch whose max_qo_len is at most {self._max_qo_len}, as this "
+                f"layer was made with; got {plan.batch.max_qo_len}"
             )
         device = plan.batch.device
         check_tensor(

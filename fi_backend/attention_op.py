@@ -29,8 +29,13 @@ def _attention(
         head_dim_vo=out.shape[2],
     )
     many_rows_only = arguments.pop("many_rows_only", False)
+    max_rows = arguments["max_qo_len"]
+    if max_rows is not None:
+        max_rows *= q.shape[1] // k_cache.shape[2]
     if arguments.get("q_rows") is None:
-        kernels = attention_kernels.load(**types, o_dtype=out.dtype, many_rows_only=many_rows_only)
+        kernels = attention_kernels.load(
+            **types, o_dtype=out.dtype, many_rows_only=many_rows_only, max_rows=max_rows
+        )
     else:
         kernels = attention_kernels.load_groups(**types)
     for name in ("k_scale", "v_scale"):

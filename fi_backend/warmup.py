@@ -47,6 +47,7 @@ def compile_kernels(
     device: torch.device | str = "cpu",
     *,
     step_tables: bool = False,
+    merges: bool = False,
 ) -> None:
     """Compile what attention layers need and is not on disk yet, all of it in parallel.
 
@@ -57,6 +58,7 @@ def compile_kernels(
         layers: the layers, in any number.
         device: where they run.
         step_tables: compile gather_page_table() and pack_masks(), too.
+        merges: compile merge_states() of the layers' outputs, too.
 
     Raises:
         UnsupportedError: a layer is not supported; the message says what is.
@@ -71,6 +73,9 @@ def compile_kernels(
     kernels = attention_kernels(layers, device_type) if layers else []
     if step_tables:
         kernels += _step_table_kernels(device_type)
+    if merges:
+        merge_spec = merge.merge_cuda_spec if device_type == "cuda" else merge.merge_spec
+        kernels += dict.fromkeys(merge_spec(layer.o_dtype, layer.o_dtype) for layer in layers)
     if kernels:
         build(kernels)
 
@@ -80,17 +85,24 @@ def _step_table_kernels(device_type: str) -> list[KernelSpec]:
     return [page_table.page_table_spec(target), pack_masks.pack_masks_spec(target)]
 
 
-def attention_kernels(layers: Iterable[AttentionSpec], device_type: str) -> list[KernelSpec]:
+def attention_kernels(
+    layers: Iterable[AttentionSpec], device_type: str, *, max_qo_len: int | None = None
+) -> list[KernelSpec]:
     """List the kernels that plan and run attention layers and write their cache.
 
     Args:
         layers: layers that `device_type` supports.
         device_type: "cpu" or "cuda".
+        max_qo_len: as for PagedAttention().
     """
     on_gpu = device_type == "cuda"
     specs = [device_plan.plan_spec() if on_gpu else host_plan.plan_spec()]
     for layer in layers:
-        specs += attention.attention_specs(device_type=device_type, **layer.kernel_types)
+        specs += attention.attention_specs(
+            device_type=device_type,
+            max_rows=None if max_qo_len is None else max_qo_len * layer.group_size,
+            **layer.kernel_types,
+        )
         if on_gpu and layer.geometry.shares_prefixes:
             specs.append(attention.group_spec(device_type=device_type, **layer.kernel_types))
         specs.append(

@@ -98,6 +98,18 @@ def test_a_refilled_plan_keeps_its_buffer() -> None:
     check_values(case, SPEC, PagedAttention(SPEC).run(third, case.q, case.kv))
 
 
+def test_a_layer_for_few_rows_refuses_plans_of_more() -> None:
+    case, layer = make_case(), PagedAttention(SPEC, max_qo_len=70)
+    for promised in (None, 71):
+        batch = dataclasses.replace(case.batch, max_qo_len=promised)
+        plan = fi_backend.plan(SPEC, batch, Workspace())
+        with pytest.raises(ValueError, match=rf"max_qo_len is at most 70, .*; got {promised}"):
+            layer.run(plan, case.q, case.kv)
+    kept = dataclasses.replace(case.batch, max_qo_len=70)
+    plan = fi_backend.plan(SPEC, kept, Workspace())
+    check_values(case, SPEC, layer.run(plan, case.q, case.kv))
+
+
 def test_a_plan_refilled_for_more_requests_gets_a_larger_buffer() -> None:
     case, workspace = make_case(), Workspace()
     one = PagedBatch(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fi_backend import AttentionSpec, compile_kernels, warmup
+from fi_backend import AttentionSpec, PagedAttention, compile_kernels, jit, warmup
 from fi_backend.errors import UnsupportedError
 from fi_backend.jit import KernelSpec
+from fi_backend.kernels import attention, attention_cuda
 from fi_backend.warmup import specs_for_model
 
 LLAMA: dict[str, Any] = {
@@ -91,6 +93,42 @@ def layer(head_dim: int, **options: Any) -> AttentionSpec:
 def test_an_operator_can_leave_out_what_shares_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FI_BACKEND_SHARED_PREFIX", "0")
     assert not any("KeptParts" in spec.name for spec in specs_for_model(LLAMA, "cuda"))
+
+
+def test_decode_needs_the_few_row_kernel_alone_while_it_takes_all_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two query heads per KV head, and heads of 256 that leave room for half as many rows."""
+    monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", "9.0a")
+
+    def families(head_dim: int, max_qo_len: int | None, device: str = "cuda") -> set[str]:
+        specs = warmup.attention_kernels([layer(head_dim)], device, max_qo_len=max_qo_len)
+        return {spec.name.split("_")[0] for spec in specs}
+
+    few = {"plan", "decode", "append"}
+    assert families(128, 1) == families(128, 16) == families(256, 8) == few
+    assert families(128, 17) == families(128, None) == {*few, "prefill", "mixed"}
+    assert families(256, 9) == {*few, "prefill"}
+    assert families(128, 1, "cpu") == {*few, "prefill"}
+
+
+@pytest.mark.parametrize("max_qo_len", [1, None])
+def test_a_layer_compiles_with_its_planner_in_one_build(
+    max_qo_len: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a decode wrapper makes, and what others do."""
+    monkeypatch.setenv("FI_BACKEND_CUDA_ARCH_LIST", "9.0a")
+    builds: list[list[KernelSpec]] = []
+    module = SimpleNamespace(get_function=lambda _: lambda *_: 0)
+    monkeypatch.setattr(attention_cuda, "build", builds.append)
+    monkeypatch.setattr(attention_cuda, "_kernels", {})
+    for owner in (attention_cuda, jit):
+        monkeypatch.setattr(owner, "load", lambda _: module)
+    monkeypatch.setattr(attention, "_cuda_call_counts", {})
+    PagedAttention(layer(128), "cuda", max_qo_len=max_qo_len)
+    (specs,) = builds
+    others = [] if max_qo_len == 1 else ["mixed", "prefill"]
+    assert sorted(s.name.split("_")[0] for s in specs) == sorted(["decode", "plan", *others])
 
 
 def test_layers_are_compiled_in_one_build(monkeypatch: pytest.MonkeyPatch) -> None:

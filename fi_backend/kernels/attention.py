@@ -12,7 +12,15 @@ import torch
 
 from fi_backend import jit
 from fi_backend.jit import KernelSpec
-from fi_backend.kernels import attention_cuda, attention_line, attention_variant, mixed, prefill
+from fi_backend.kernels import (
+    attention_cuda,
+    attention_line,
+    attention_variant,
+    device_plan,
+    host_plan,
+    mixed,
+    prefill,
+)
 from fi_backend.kernels.decode import decode_spec
 
 __all__ = ["attention_specs", "call_count", "group_spec", "load", "load_groups", "partial_floats"]
@@ -33,11 +41,14 @@ def attention_specs(
     head_dim_vo: int,
     variant: attention_variant.Variant = None,
     many_rows_only: bool = False,
+    max_rows: int | None = None,
 ) -> tuple[KernelSpec, ...]:
     """Describe the kernels for one set of types and head sizes.
 
     Few rows come first, then many, then the kernel for both if there is one. With many_rows_only
-    there is but the second, for plans that are made with the same.
+    there is but the second, for plans that are made with the same; and on a GPU but the first where
+    no request has more than max_rows packed query rows (rows x query heads per KV head) and that
+    kernel takes as many.
     """
     types: dict[str, Any] = {
         "q_dtype": q_dtype,
@@ -50,7 +61,12 @@ def attention_specs(
     if many_rows_only:
         return ((attention_cuda if device_type == "cuda" else prefill).prefill_spec(**types),)
     if device_type == "cuda":
-        lines = attention_cuda.decode_spec(**types), attention_cuda.prefill_spec(**types)
+        few = attention_cuda.decode_spec(**types)
+        if max_rows is not None and max_rows <= attention_cuda.few_rows_limit(
+            head_dim_qk, head_dim_vo
+        ):
+            return (few,)
+        lines = few, attention_cuda.prefill_spec(**types)
         return (*lines, mixed.mixed_spec(**types)) if mixed.is_served(**types) else lines
     return decode_spec(**types), prefill.prefill_spec(**types)
 
@@ -58,7 +74,7 @@ def attention_specs(
 def load(
     *, device_type: str = "cpu", with_groups: bool = False, **types: Any
 ) -> attention_line.LineKernels | attention_cuda.CudaLineKernels:
-    """Load the kernels, compiling them in parallel where no cache has them.
+    """Load the kernels, compiling them and the planner in parallel where no cache has them.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -66,18 +82,22 @@ def load(
             the first step shares pages.
         types: q_dtype, kv_dtype, o_dtype, head_dim_qk, head_dim_vo and, if it is not the built-in
             attention, variant; the modules of each target say which values it takes. many_rows_only
-            as for attention_specs().
+            and max_rows as for attention_specs().
     """
     specs = attention_specs(device_type=device_type, **types)
+    beside = [device_plan.plan_spec() if device_type == "cuda" else host_plan.plan_spec()]
     if with_groups:
-        jit.build([*specs, group_spec(device_type=device_type, **types)])
-        load_groups(device_type=device_type, **types)
+        beside.append(group_spec(device_type=device_type, **types))
+    kernels: attention_line.LineKernels | attention_cuda.CudaLineKernels
     if device_type == "cuda":
-        kernels = attention_cuda.load_lines(specs[:2], specs[2:])
+        kernels = attention_cuda.load_lines(specs[:2], specs[2:], beside)
         for spec in (specs[0], *specs[2:]):
             _cuda_call_counts[spec.name] = jit.load(spec).get_function("call_count")
-        return kernels
-    return attention_line.load_lines(specs)
+    else:
+        kernels = attention_line.load_lines(specs, tuple(beside))
+    if with_groups:
+        load_groups(device_type=device_type, **types)
+    return kernels
 
 
 def group_spec(
@@ -124,7 +144,12 @@ def call_count() -> int:
 
 
 def partial_floats(
-    *, device_type: str = "cpu", num_workers: int, split: int = 0, **types: Any
+    *,
+    device_type: str = "cpu",
+    num_workers: int,
+    split: int = 0,
+    many_rows_only: bool = False,
+    **types: Any,
 ) -> int:
     """Count the float32 elements of the workspace `partials`: it grows with workers alone.
 
@@ -132,14 +157,16 @@ def partial_floats(
         device_type: "cpu" or "cuda".
         num_workers: workers of the plan.
         split: as planned; the bound on the CPU does not depend on it.
-        types: as for load().
+        many_rows_only: as planned; likewise.
+        types: as for load(); nothing is loaded for them but the planner.
     """
+    dims = {name: types[name] for name in ("head_dim_qk", "head_dim_vo")}
     if device_type == "cuda":
-        specs = attention_specs(device_type=device_type, **types)
-        kernels = attention_cuda.load_lines(specs[:2], specs[2:])
-        return kernels.partial_floats(num_workers=num_workers, split=split)
-    return attention_line.partial_floats(
-        num_workers=num_workers,
-        head_dim_qk=types["head_dim_qk"],
-        head_dim_vo=types["head_dim_vo"],
-    )
+        return device_plan.partial_floats(
+            num_workers=num_workers,
+            split=split,
+            many_rows_only=many_rows_only,
+            has_mixed=mixed.is_served(**types),
+            **dims,
+        )
+    return attention_line.partial_floats(num_workers=num_workers, **dims)

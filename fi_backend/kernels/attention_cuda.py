@@ -10,7 +10,14 @@ from fi_backend.jit import KernelSpec, build, load
 from fi_backend.kernels import attention_variant
 from fi_backend.kernels.dtypes import cpp_type, short_name
 
-__all__ = ["CudaLineKernels", "decode_spec", "line_spec", "load_lines", "prefill_spec"]
+__all__ = [
+    "CudaLineKernels",
+    "decode_spec",
+    "few_rows_limit",
+    "line_spec",
+    "load_lines",
+    "prefill_spec",
+]
 
 _kernels: dict[tuple[str, ...], CudaLineKernels] = {}
 
@@ -77,6 +84,18 @@ def decode_spec(
     )
 
 
+def few_rows_limit(head_dim_qk: int, head_dim_vo: int) -> int:
+    """Return up to how many packed query rows of a request the few-row kernel computes it.
+
+    Its module says so too, and is what runs go by; here nothing is compiled yet.
+
+    Args:
+        head_dim_qk: size of a query or key row.
+        head_dim_vo: size of a value or output row.
+    """
+    return 32 if max(head_dim_qk, head_dim_vo) <= 128 else 16
+
+
 def prefill_spec(
     *,
     q_dtype: torch.dtype,
@@ -114,10 +133,16 @@ class CudaLineKernels:
         specs: modules whose kernels are launched one after the other.
         mixed: nothing, or the module whose kernel replaces all of them in steps that may have many
             query rows, on devices that it has code for.
+        beside: modules that are not loaded, but needed soon: they are compiled at the same time.
     """
 
-    def __init__(self, specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> None:
-        build([*specs, *mixed])
+    def __init__(
+        self,
+        specs: Sequence[KernelSpec],
+        mixed: Sequence[KernelSpec] = (),
+        beside: Sequence[KernelSpec] = (),
+    ) -> None:
+        build([*specs, *mixed, *beside])
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
         # Packed query rows of a request up to which the first kernel, for few rows, computes it.
@@ -304,7 +329,11 @@ class CudaLineKernels:
         return [module.get_function("run") for module in found] or self._runs
 
 
-def load_lines(specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) -> CudaLineKernels:
+def load_lines(
+    specs: Sequence[KernelSpec],
+    mixed: Sequence[KernelSpec] = (),
+    beside: Sequence[KernelSpec] = (),
+) -> CudaLineKernels:
     """Load modules, once per process; compile missing ones in parallel.
 
     Arguments are those of CudaLineKernels.
@@ -312,5 +341,5 @@ def load_lines(specs: Sequence[KernelSpec], mixed: Sequence[KernelSpec] = ()) ->
     key = tuple(spec.name for spec in (*specs, *mixed))
     kernels = _kernels.get(key)
     if kernels is None:
-        kernels = _kernels[key] = CudaLineKernels(specs, mixed)
+        kernels = _kernels[key] = CudaLineKernels(specs, mixed, beside)
     return kernels

@@ -68,10 +68,15 @@ def partial_floats(
 
 
 class LineKernels:
-    """Loaded attention modules that run one after the other; see `run`."""
+    """Loaded attention modules that run one after the other; see `run`.
 
-    def __init__(self, specs: tuple[KernelSpec, ...]) -> None:
-        build(specs)
+    Args:
+        specs: the modules.
+        beside: modules that are not loaded, but needed soon: they are compiled at the same time.
+    """
+
+    def __init__(self, specs: tuple[KernelSpec, ...], beside: tuple[KernelSpec, ...] = ()) -> None:
+        build([*specs, *beside])
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., bool]] = [m.get_function("run") for m in modules]
         for spec, module in zip(specs, modules, strict=True):
@@ -211,12 +216,15 @@ class LineKernels:
                 return
 
 
-def load_lines(specs: tuple[KernelSpec, ...]) -> LineKernels:
-    """Load the modules of `specs`, once per process; compile missing ones in parallel."""
+def load_lines(specs: tuple[KernelSpec, ...], beside: tuple[KernelSpec, ...] = ()) -> LineKernels:
+    """Load modules, once per process; compile missing ones in parallel.
+
+    Arguments are those of LineKernels.
+    """
     key = tuple(spec.name for spec in specs)
     kernels = _kernels.get(key)
     if kernels is None:
-        kernels = _kernels[key] = LineKernels(specs)
+        kernels = _kernels[key] = LineKernels(specs, beside)
     return kernels
 
 

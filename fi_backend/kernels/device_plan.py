@@ -8,7 +8,7 @@ from fi_backend.jit import KernelSpec
 from fi_backend.kernels.functions import Functions
 from fi_backend.kernels.mixed import planned_kernels
 
-__all__ = ["device_plan", "plan_buffer_ints", "plan_spec"]
+__all__ = ["device_plan", "partial_floats", "plan_buffer_ints", "plan_spec"]
 
 
 def plan_spec() -> KernelSpec:
@@ -21,6 +21,7 @@ def plan_spec() -> KernelSpec:
 
 
 _plan_buffer_ints = Functions("plan_buffer_ints", lambda _: plan_spec())
+_partial_floats = Functions("partial_floats", lambda _: plan_spec())
 _device_plan = Functions("device_plan", lambda _: plan_spec())
 
 
@@ -31,6 +32,32 @@ def plan_buffer_ints(*, max_reqs: int, num_workers: int) -> int:
         ValueError: max_reqs is negative or num_workers is not positive.
     """
     return int(_plan_buffer_ints[None](max_reqs, num_workers))
+
+
+def partial_floats(
+    *,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    num_workers: int,
+    split: int,
+    many_rows_only: bool,
+    has_mixed: bool,
+) -> int:
+    """Count the float32 elements of workspace that a plan needs, whichever kernels run it.
+
+    Args:
+        head_dim_qk: size of a query or key row.
+        head_dim_vo: size of a value or output row.
+        num_workers: as planned, as the next two.
+        split: split > 0 needs more.
+        many_rows_only: likewise.
+        has_mixed: one kernel may run both lines.
+    """
+    return int(
+        _partial_floats[None](
+            head_dim_qk, head_dim_vo, num_workers, split > 0, many_rows_only, has_mixed
+        )
+    )
 
 
 def device_plan(

@@ -205,13 +205,21 @@ def test_module_builds_loads_and_rejects(arch: str, monkeypatch: pytest.MonkeyPa
     lens = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="plan_buffer: must be a CUDA tensor"):
         plan.device_plan(*(lens, lens, lens[1:], 8, 2, 64, 64, True, -1, 4, 0, *[False] * 5))
-    prefill = jit.load(specs["prefill"])
+    prefill, decode = jit.load(specs["prefill"]), jit.load(specs["decode"])
     num_sms, tile_rows, ends = 132, 256, 2
     assert prefill.partial_floats(3 * num_sms) == num_sms * ends * tile_rows * (128 + 2)
+    assert attention_cuda.few_rows_limit(128, 128) == decode.few_rows_limit()
+    # The planner counts for modules that nobody has compiled.
+    has_mixed = "mixed" in specs
+    both = [jit.load(specs["mixed"])] if has_mixed else [prefill, decode]
+    for has_chunks, name in enumerate(("partial_floats", "invariant_partial_floats")):
+        counted = [module.get_function(name)(3 * num_sms) for module in both]
+        types = (128, 128, 3 * num_sms, bool(has_chunks))
+        assert plan.partial_floats(*types, False, has_mixed) == max(counted)
+        assert plan.partial_floats(*types, True, False) == prefill.partial_floats(3 * num_sms)
     for name in {"mixed", "mixed_trace"} & set(specs):
         has_trace = hasattr(jit.load(specs[name]), "take_block_traces")
         assert has_trace == (name == "mixed_trace")
-    decode = jit.load(specs["decode"])
     with pytest.raises(ValueError, match="q: must be a CUDA tensor"):
         decode.run(
             x, x, x, x, None, x, x, x, x, *[None] * 16, *[1.0] * 4, -1, False, 1.0, 0.0, 1, False

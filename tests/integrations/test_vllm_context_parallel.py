@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fi_backend import warmup
 from fi_backend.errors import UnsupportedError
+from fi_backend.jit import KernelSpec
 from tests.integrations.context_parallel_ranks import OURS, Case, run_ranks
 from tests.integrations.vllm_step import Load, make_builder, make_impl, make_step
 
@@ -75,6 +77,17 @@ def test_draft_steps_split_their_lengths_again(vllm: Load) -> None:
     changed = [key for key, p in metadata.plans.items() if not torch.equal(p.buffer, plans[key])]
     assert len(metadata.plans) == 2
     assert len(changed) == 1
+
+
+@pytest.mark.usefixtures("one_of_two")
+def test_the_merge_is_compiled_with_the_rest(vllm: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[list[KernelSpec]] = []
+    monkeypatch.setattr(warmup, "build", builds.append)
+    make_builder(vllm, {"layer": make_impl(OURS)}, shape=OURS)
+    (specs,) = builds
+    names = [spec.name for spec in specs]
+    assert len(names) == len(set(names))
+    assert [name for name in names if name.startswith("merge")] == ["merge_cpu_f32_f32"]
 
 
 @pytest.mark.usefixtures("one_of_two")

@@ -58,7 +58,8 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
         self._num_layers = len(impls)
         max_reqs = vllm_config.scheduler_config.max_num_seqs
         self._specs = {causal: self._distinct_specs(impls, causal) for causal in (True, False)}
-        compile_kernels(self._model_specs(), device)
+        is_sharded = any(impl.num_shards > 1 for impl in impls)
+        compile_kernels(self._model_specs(), device, merges=is_sharded)
         for spec in self._specs[not self._encoder_only].values():
             attention_for(spec, device)  # loads the kernels before the first step
         self._reservation = Reservation(
@@ -71,7 +72,7 @@ class FIMetadataBuilder(AttentionMetadataBuilder[FIMetadata]):
             else vllm_config.compilation_config.static_forward_context,
         )
         self._shard = None
-        if any(impl.num_shards > 1 for impl in impls):
+        if is_sharded:
             self._shard = Shard(
                 impls[0].num_shards,
                 impls[0].dcp_rank,

@@ -23,12 +23,11 @@ struct DecodeTraits {
   static int64_t few_rows_limit() { return cuda_few_rows_limit(kHeadDimQk, kHeadDimVo); }
   static int64_t small_item_rows() { return kSmallItemRows; }
 
-  // Without a fixed split; batch-invariant mode needs kMaxChunks times as many.
   static int64_t partial_floats(int64_t num_workers) {
-    return PartialArea{static_cast<int32_t>(few_rows_limit()), kHeadDimVo, 1}.floats(num_workers);
+    return few_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers, 1);
   }
   static int64_t invariant_partial_floats(int64_t num_workers) {
-    return kMaxChunks * partial_floats(num_workers);
+    return few_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers, kMaxChunks);
   }
   static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
                             cudaStream_t stream) {

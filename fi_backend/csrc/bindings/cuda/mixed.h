@@ -25,15 +25,14 @@ struct MixedTraits {
   static int64_t many_floats(int64_t num_workers) {
     return many_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers);
   }
-  static int64_t few_floats(int64_t num_workers) {
-    return PartialArea{cuda_few_rows_limit(kHeadDimQk, kHeadDimVo), kHeadDimVo, 1}.floats(
-        num_workers);
+  static int64_t few_floats(int64_t num_workers, int32_t chunks) {
+    return few_rows_partial_floats(kHeadDimQk, kHeadDimVo, num_workers, chunks);
   }
   static int64_t partial_floats(int64_t num_workers) {
-    return many_floats(num_workers) + few_floats(num_workers);
+    return many_floats(num_workers) + few_floats(num_workers, 1);
   }
   static int64_t invariant_partial_floats(int64_t num_workers) {
-    return many_floats(num_workers) + kMaxChunks * few_floats(num_workers);
+    return many_floats(num_workers) + few_floats(num_workers, kMaxChunks);
   }
   static cudaError_t launch(const AttentionParams& params, const AttentionLaunch& launch,
                             cudaStream_t stream) {

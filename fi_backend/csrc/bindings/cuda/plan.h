@@ -5,7 +5,21 @@
 #include <bindings/plan_geometry.h>
 #include <fi_backend/plan/device_plan_launch.h>
 
+#include <algorithm>
+
 namespace fi::bindings {
+
+// Floats of workspace of a plan, whichever kernels run it: nobody has to compile them to know.
+// has_chunks: items are cut at fixed places. has_mixed: one kernel may run both lines.
+inline int64_t partial_floats(int64_t head_dim_qk, int64_t head_dim_vo, int64_t num_workers,
+                              bool has_chunks, bool many_rows_only, bool has_mixed) {
+  const int qk = static_cast<int>(head_dim_qk);
+  const int vo = static_cast<int>(head_dim_vo);
+  const int64_t many = many_rows_partial_floats(qk, vo, num_workers);
+  if (many_rows_only) return many;
+  const int64_t few = few_rows_partial_floats(qk, vo, num_workers, has_chunks ? kMaxChunks : 1);
+  return has_mixed ? few + many : std::max(few, many);
+}
 
 // What the attention kernels that run a plan on its device have room for. same_types: q and the
 // caches have one type. has_sm90_code: the kernels are compiled for sm_90a too. has_mixed: the one

@@ -39,4 +39,11 @@ struct PartialArea {
   }
 };
 
+// Floats of workspace of a plan; chunks as in PartialArea.
+inline int64_t few_rows_partial_floats(int head_dim_qk, int head_dim_vo, int64_t num_workers,
+                                       int32_t chunks) {
+  const PartialArea area = {cuda_few_rows_limit(head_dim_qk, head_dim_vo), head_dim_vo, chunks};
+  return area.floats(num_workers);
+}
+
 }  // namespace fi
