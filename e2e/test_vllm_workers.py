@@ -1,6 +1,6 @@
-"""vLLM on the CPU with two workers: the same tokens, kernels that are compiled once for both.
+"""vLLM on the CPU with two workers, tensor or pipeline parallel: the same tokens as one.
 
-Pipeline parallelism is not here: vLLM 0.32's own backend fails with it on the CPU.
+Kernels are compiled once for both. Stages need what pipeline_worker.py brings.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,14 @@ pytestmark = pytest.mark.engine
 
 TOKENS = 48
 # Engine arguments of each run; the first finds no compiled kernels.
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2},
     "one worker": {},
+    "pipeline parallel": {
+        "pipeline_parallel_size": 2,
+        "worker_extension_cls": "e2e.pipeline_worker.PipelineExtension",
+        "max_num_batched_tokens": 48,  # chunks of prompts beside decodes, two steps under way
+    },
 }
 
 
@@ -50,8 +56,9 @@ def compiles(folder: Path, name: str) -> list[str]:
     return re.findall(r"INFO (compiling [^:\n]*)$", log, re.MULTILINE)
 
 
-def test_two_workers_generate_the_same_tokens(results: dict[str, Result]) -> None:
-    one, two = (results[name] for name in ("one worker", "tensor parallel"))
+@pytest.mark.parametrize("name", ["tensor parallel", "pipeline parallel"])
+def test_two_workers_generate_the_same_tokens(name: str, results: dict[str, Result]) -> None:
+    one, two = results["one worker"], results[name]
     assert_same_tokens(one["batches"][0]["tokens"], two["batches"][0]["tokens"])
     runs = [worker["attention_runs"] for worker in two["counters"]]
     assert len(runs) == 2
@@ -73,6 +80,7 @@ def test_workers_compile_each_module_once(folder: Path, results: dict[str, Resul
     assert sum(map(num_modules, lines)) == len(modules) > 0
 
 
-def test_a_warm_start_compiles_nothing(folder: Path, results: dict[str, Result]) -> None:
+@pytest.mark.parametrize("name", ["one worker", "pipeline parallel"])
+def test_a_warm_start_compiles_nothing(name: str, folder: Path, results: dict[str, Result]) -> None:
     assert results
-    assert compiles(folder, "one worker") == []
+    assert compiles(folder, name) == []
