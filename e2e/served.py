@@ -181,7 +181,8 @@ def serve(requests: Iterable[str]) -> None:
     """Child process: build the engine that the first line describes, run a batch per line."""
     import vllm
 
-    from e2e.engine import EXTENSION, run_batch
+    from e2e.engine import EXTENSION, builders_of, run_batch, runner_of
+    from e2e.memory import our_bytes
     from e2e.step_trace import StepTrace
 
     lines = iter(requests)
@@ -197,6 +198,7 @@ def serve(requests: Iterable[str]) -> None:
         result = run_batch(engine, batch)
         answer = {key: result[key] for key in ("seconds", "tokens")}
         answer["counters"] = engine.collective_rpc("fi_backend_counters")[0]
+        answer["builder_bytes"] = our_bytes(builders_of(runner_of(engine)))
         if trace is not None:
             answer["trace"] = trace.summary()
         return answer

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.report import results_path
 from e2e.conftest import FI_TINY
 from e2e.harness import ROOT, end_in_order
+from e2e.memory import family_bytes
 from e2e.sglang_served import engine_environment
 from e2e.sglang_site import CPU_ARGUMENTS
 from e2e.soak import MAX_GROWN_BYTES, MOST_SECONDS, PROBE, Soak, teller
@@ -90,16 +90,6 @@ def _request_id(name: str) -> str:
     return f"{name}."
 
 
-def _memory_bytes() -> dict[str, int]:
-    """What this process and the engine's hold now."""
-    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    held = {"host": sum(process.memory_info().rss for process in family)}
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        held["gpu"] = total - free
-    return held
-
-
 def soak_here(
     minutes: float, backend: str, page_size: int, tell: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -115,7 +105,7 @@ def soak_here(
         **_ENGINE,
         **({} if on_gpu else CPU_ARGUMENTS),
     )
-    result = SGLangSoak(engine).quarter_and_rest(minutes, _memory_bytes, tell)
+    result = SGLangSoak(engine).quarter_and_rest(minutes, family_bytes, tell)
     engine.loop.run_until_complete(asyncio.sleep(2.0))  # idle: it looks for lost slots
     engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 4})
     engine.shutdown()

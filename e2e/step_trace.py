@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from e2e.engine import builders_of, runner_of
 
-__all__ = ["StepTrace", "busy_us", "render"]
+__all__ = ["StepTrace", "busy_us", "host_parts", "render"]
 
 _KINDS = ("prefill", "decode")
 _WARM_STEPS = 4  # of a kind, before any is looked at
@@ -43,13 +43,8 @@ class StepTrace:
         self._gpu: dict[str, dict[str, Any]] = {}
         self._patches = ExitStack()
         self._replace(self._runner, "execute_model", self._watch(self._runner.execute_model))
-        for builder in builders_of(self._runner):
-            self._replace(builder, "build", self._timed("build", builder.build))
-        for layer in self._runner.compilation_config.static_forward_context.values():
-            impl = getattr(layer, "impl", None)
-            for name in ("forward", "do_kv_cache_update"):
-                if hasattr(impl, name):
-                    self._replace(impl, name, self._timed("layers", getattr(impl, name)))
+        for owner, name, part in host_parts(self._runner):
+            self._replace(owner, name, self._timed(part, getattr(owner, name)))
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return for each kind of step: times per step in us, and its kernels by name."""
@@ -129,6 +124,20 @@ class StepTrace:
                 for name, us in times.most_common()
             },
         }
+
+
+def host_parts(runner: Any) -> Iterator[tuple[Any, str, str]]:
+    """Yield what a runner calls of its attention backend: an object, a method, and its part.
+
+    The part is "build", once a step and group of layers, or "layers".
+    """
+    for builder in builders_of(runner):
+        yield builder, "build", "build"
+    for layer in runner.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        for name in ("forward", "do_kv_cache_update"):
+            if hasattr(impl, name):
+                yield impl, name, "layers"
 
 
 def busy_us(intervals: Iterable[_Interval]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -67,5 +69,6 @@ def test_a_replay_is_prepared_in_a_tenth_of_a_millisecond(page: int) -> None:
         began = time.perf_counter()
         backend.init_forward_metadata_out_graph(batch)
         times.append(1e6 * (time.perf_counter() - began))
-    print(f"pages of {page}: {min(times):.0f} us at best")
+    row = {"cell": f"replay of {REQUESTS} requests, page {page}", "us": statistics.median(times)}
+    print(json.dumps({**row, "best_us": min(times)}))
     assert min(times) < MOST_US  # the best, because others use the machine too
