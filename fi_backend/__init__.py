@@ -17,6 +17,7 @@ _MODULE_OF = {
     # The engine-facing core.
     "AttentionSpec": "spec",
     "AttentionVariant": "variants",
+    "OuterLevels": "outer_levels",
     "PagedAttention": "attention",
     "PagedBatch": "batch",
     "Plan": "planning",

@@ -12,6 +12,7 @@ from fi_backend._prefill_options import PrefillOptions
 from fi_backend._wrapper import AttentionWrapper
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
+from fi_backend.outer_levels import OuterLevels
 from fi_backend.spec import AttentionSpec
 
 __all__ = ["PrefillStep", "PrefillWrapper"]
@@ -149,9 +150,20 @@ class PrefillWrapper(AttentionWrapper):
         mask = self._resolve_mask(options, metadata["qo_indptr"], kv_lens)
         return PrefillStep(options, spec, metadata, kv_lens, rows, max_qo_len, mask)
 
-    def _plan_step(self, step: PrefillStep) -> None:
-        """Bring a checked step to where runs read it, and plan it."""
+    def _stage_batch(self, step: PrefillStep) -> PagedBatch:
+        """Bring the batch of a checked step to where runs read it."""
         qo_indptr, page_indptr, *rest = self._stage(step.options.non_blocking, **step.metadata)
+        return PagedBatch(
+            qo_indptr,
+            self._stage_lens(step.kv_lens),
+            page_indptr=page_indptr,
+            page_indices=rest[0] if rest else None,
+            max_qo_len=step.max_qo_len,
+        )
+
+    def _plan_step(self, step: PrefillStep, outer: OuterLevels | None = None) -> None:
+        """Bring a checked step to where runs read it, and plan it; `outer` as for plan()."""
+        batch = self._stage_batch(step)
         mask, mask_indptr = step.mask
         if mask is not None and mask_indptr is not None and self.is_cuda_graph_enabled:
             mask_buffer, indptr_buffer = self._mask_buffers
@@ -162,17 +174,12 @@ class PrefillWrapper(AttentionWrapper):
             mask_indptr = fill("mask_indptr", indptr_buffer, mask_indptr)
         self._plan_batch(
             step.spec,
-            PagedBatch(
-                qo_indptr,
-                self._stage_lens(step.kv_lens),
-                page_indptr=page_indptr,
-                page_indices=rest[0] if rest else None,
-                max_qo_len=step.max_qo_len,
-            ),
+            batch,
             num_tokens=None if self.is_cuda_graph_enabled else step.rows,
             split_tokens=step.options.split_tokens(step.spec.page_size),
             mask=mask,
             mask_indptr=mask_indptr,
+            outer=outer,
         )
         self._num_rows = step.rows
         if self.is_cuda_graph_enabled and self._max_total_num_rows is None:

@@ -26,6 +26,7 @@ from fi_backend.attention import PagedAttention
 from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_tensor
 from fi_backend.kernels import device_plan, host_plan
+from fi_backend.outer_levels import OuterLevels
 from fi_backend.planning import Plan, default_workers, plan, workspace_bytes
 from fi_backend.spec import AttentionSpec, Geometry
 from fi_backend.workspace import Workspace
@@ -222,6 +223,7 @@ class AttentionWrapper(ABC):
         max_qo_len: int | None = None,
         mask: torch.Tensor | None = None,
         mask_indptr: torch.Tensor | None = None,
+        outer: OuterLevels | None = None,
     ) -> None:
         """Plan a step and make every kernel it needs ready to launch.
 
@@ -233,6 +235,7 @@ class AttentionWrapper(ABC):
             split_tokens: as for plan().
             max_qo_len: as for PagedAttention(); None makes the kernels of other steps ready, too.
             mask, mask_indptr: as for PagedAttention.run(), if spec.custom_mask.
+            outer: as for plan().
         """
         if spec.variant != self._variant:
             spec = replace(spec, variant=self._variant)
@@ -250,6 +253,7 @@ class AttentionWrapper(ABC):
             self._workspace,
             into=self._fixed_plans.get(spec.geometry) if self._use_cuda_graph else self._plan,
             split_tokens=split_tokens,
+            outer=outer,
             share_prefixes=False,  # the caller's workspace is as large as FlashInfer's has to be
         )
         if step.num_tokens is None and num_tokens is not None:

@@ -10,9 +10,11 @@ import torch
 
 from fi_backend import env
 from fi_backend.attention_op import run_traced
+from fi_backend.batch import PagedBatch
 from fi_backend.checks import check_mask_offsets, check_page_ids, check_tensor, unpack_cache
 from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
+from fi_backend.outer_levels import OuterStates
 from fi_backend.planning import Plan
 from fi_backend.spec import AttentionSpec, supports
 from fi_backend.torch_ops import runs_directly
@@ -42,7 +44,13 @@ def check_used_pages(plan: Plan, num_pages: int) -> None:
             f"{env.CHECKED.name}=1 reads page ids on the host, which a CUDA graph cannot hold; "
             f"unset it, or run without CUDA graphs"
         )
-    page_size = plan.geometry.page_size
+    if isinstance(plan.shares, OuterStates):
+        for level in plan.shares.outer.levels:
+            _check_pages(level, plan.geometry.page_size, num_pages)
+    _check_pages(batch, plan.geometry.page_size, num_pages)
+
+
+def _check_pages(batch: PagedBatch, page_size: int, num_pages: int) -> None:
     used = (batch.kv_lens.to(torch.int64) + page_size - 1) // page_size
     for request in range(batch.num_requests):
         count = int(used[request])

@@ -15,11 +15,14 @@ from fi_backend._arguments import PagedCache
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
 from fi_backend._merge import merge_state, merge_state_in_place, merge_states
 from fi_backend._prefill_options import PrefillOptions
+from fi_backend._prefill_wrapper import PrefillStep
 from fi_backend._shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
 )
 from fi_backend.errors import UnsupportedError
+from fi_backend.outer_levels import MAX_OUTER_LEVELS, OuterLevels
+from fi_backend.planning import max_prior_rows
 
 __all__ = [
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
@@ -37,12 +40,17 @@ class MultiLevelCascadeAttentionWrapper:
     Every level has a page table of its own into one cache; a level's "requests" are groups of
     query rows that see the same keys. The levels' states are merged.
 
+    Up to three levels are one launch for the groups of all outer levels and one for own keys, which
+    merges states, if requests of the last level have few query rows, as in decoding, and their
+    qo_indptr is on the host. Else levels run one after the other.
+
     Args:
         num_levels: levels, at least 1; the last one holds each request's own keys.
         float_workspace_buffer: scratch of any dtype, 16-byte aligned; levels take turns with it.
             It is where the wrapper works, on the CPU or on a GPU.
         kv_layout: "NHD" or "HND".
-        use_cuda_graph: plan() copies into the buffers below.
+        use_cuda_graph: plan() copies into the buffers below. If the first plan() merges levels in
+            two launches, all later ones must be such that they can be merged so.
         qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr,
             paged_kv_last_page_len_buf_arr: a buffer per level, with use_cuda_graph.
     """
@@ -72,6 +80,7 @@ class MultiLevelCascadeAttentionWrapper:
                 _check_levels(name, values, num_levels)
             of_level = [[values[i] for _, values in buffers if values] for i in range(num_levels)]
         self._use_cuda_graph = use_cuda_graph
+        self._has_outer: bool | None = None  # whether the last level's plan has the others
         self._levels = [
             BatchPrefillWithPagedKVCacheWrapper(
                 float_workspace_buffer,
@@ -188,10 +197,49 @@ class MultiLevelCascadeAttentionWrapper:
             steps.append(
                 level._check_arguments(of_level, qo_indptr_arr[i], table, heads, page_size)
             )
-        for level, step in zip(self._levels, steps, strict=True):
-            level._plan_step(step)
+        most_rows = self._rows_behind_outer(steps[-1])
+        if most_rows is None:
+            for level, step in zip(self._levels, steps, strict=True):
+                level._plan_step(step)
+        else:
+            self._plan_together(steps, most_rows)
+        self._has_outer = most_rows is not None
 
     begin_forward = plan
+
+    def _rows_behind_outer(self, step: PrefillStep) -> int | None:
+        """Most rows that requests of the last level may have behind outer ones.
+
+        None if this step's have more, or nobody knows, or there are too many levels.
+        """
+        is_fixed = self._use_cuda_graph and self._has_outer is not None
+        num_outer = len(self._levels) - 1
+        if (is_fixed and not self._has_outer) or not 0 < num_outer <= MAX_OUTER_LEVELS:
+            return None
+        qo_indptr = step.metadata["qo_indptr"]
+        if not is_fixed and (not qo_indptr.is_cpu or int(qo_indptr[-1]) == 0):
+            return None
+        most_rows = max_prior_rows(step.spec, self._levels[-1]._device)
+        longest = int(qo_indptr.diff().max()) if qo_indptr.is_cpu else None
+        if longest is not None and longest <= most_rows:
+            return most_rows
+        if is_fixed:
+            raise ValueError(
+                f"qo_indptr_arr[-1] must be on the host and give a request at most {most_rows} "
+                f"rows, as that of the first plan() with use_cuda_graph; got "
+                f"{'a tensor on a device' if longest is None else longest}. Make another wrapper"
+            )
+        return None
+
+    def _plan_together(self, steps: list[PrefillStep], most_rows: int) -> None:
+        """Plan all levels as one: the last one's plan has the others."""
+        *outer, last = self._levels
+        max_rows = last._max_total_num_rows or steps[-1].rows
+        assert max_rows is not None
+        batches = [level._stage_batch(step) for level, step in zip(outer, steps[:-1], strict=True)]
+        # Which a graph's later steps have too.
+        step = replace(steps[-1], max_qo_len=most_rows) if self._use_cuda_graph else steps[-1]
+        last._plan_step(step, OuterLevels(tuple(batches), max_rows))
 
     def run(self, q: torch.Tensor, paged_kv_cache: PagedCache) -> torch.Tensor:
         """Compute attention of the planned step for one layer.
@@ -206,6 +254,8 @@ class MultiLevelCascadeAttentionWrapper:
         Raises:
             TypeError, ValueError: an argument does not fit the plan; the message names it.
         """
+        if self._has_outer:
+            return self._levels[-1].run(q, paged_kv_cache)  # type: ignore[return-value]
         out, lse = self._levels[-1].run_return_lse(q, paged_kv_cache)
         for level in self._levels[:-1]:
             merge_state_in_place(out, lse, *level.run_return_lse(q, paged_kv_cache))

@@ -18,6 +18,7 @@ from fi_backend.errors import UnsupportedError
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.kernels import device_plan, host_plan
 from fi_backend.kernels.batch_check import check_batch
+from fi_backend.outer_levels import OuterLevels, OuterStates, outer_floats
 from fi_backend.shared_prefixes import (
     SharedPrefixes,
     are_looked_for,
@@ -27,7 +28,7 @@ from fi_backend.shared_prefixes import (
 from fi_backend.spec import AttentionSpec, Geometry, supports
 from fi_backend.workspace import Workspace
 
-__all__ = ["Plan", "default_workers", "plan", "workspace_bytes"]
+__all__ = ["Plan", "default_workers", "max_prior_rows", "plan", "workspace_bytes"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
         num_ragged_rows: rows of k and v that a ragged batch covers; 0 for a paged one, and on a
             GPU.
         looks_for_shares: whether steps are searched for pages that requests share.
-        shares: what the step's requests share; None if no step was searched yet.
+        shares: what the step's requests share, as found or told; None if no step was searched yet.
     """
 
     geometry: Geometry
@@ -61,7 +62,7 @@ class Plan:
     num_tokens: int | None
     num_ragged_rows: int
     looks_for_shares: bool = False
-    shares: SharedPrefixes | None = None
+    shares: SharedPrefixes | OuterStates | None = None
 
 
 def _partial_floats(
@@ -138,6 +139,7 @@ def plan(
     num_workers: int | None = None,
     split_tokens: int = 0,
     share_prefixes: bool | None = None,
+    outer: OuterLevels | None = None,
 ) -> Plan:
     """Divide the work of `batch` among workers.
 
@@ -160,8 +162,12 @@ def plan(
             a spec that is batch_invariant, whose requests are never cut.
         share_prefixes: whether requests with few query rows whose page tables begin with the same
             pages attend to these once, where that saves more than it costs. None for what the
-            spec says on a GPU, and False elsewhere. It is off with split_tokens, and where logits
-            depend on positions: ALiBi, custom masks, rope, variants.
+            spec says on a GPU, and False elsewhere. It is off with split_tokens, where logits
+            depend on positions (ALiBi, custom masks, rope, variants), and with `outer`.
+        outer: levels of keys before those of the batch, whose kv_lens count its own keys alone
+            then. split_tokens must be 0, and on a GPU the batch's max_qo_len must be given: a
+            request's rows, times query heads for each kv head, may be 32 at most, 16 if heads are
+            wider than 128.
 
     Raises:
         UnsupportedError: `spec` cannot run on the batch's device.
@@ -178,6 +184,7 @@ def plan(
         and into.workspace is workspace
         and workspace.device == device
         and share_prefixes in (None, into.looks_for_shares)
+        and isinstance(into.shares, OuterStates) == (outer is not None)
     )
     shares = None
     if into is not None and repeats:
@@ -188,15 +195,25 @@ def plan(
         if share_prefixes is None:
             share_prefixes = device.type == "cuda" and geometry.shares_prefixes
         looks_for_shares = share_prefixes and geometry.may_share and split_tokens == 0
+        looks_for_shares = looks_for_shares and outer is None
     batch.validate(spec.page_size)
     on_host = batch.qo_indptr.is_cpu
     num_tokens = _check_values(batch, spec.page_size) if on_host else None
+    if outer is not None:
+        _check_outer(spec, batch, outer, split_tokens, on_host)
 
     if into is not None and repeats and batch.num_requests <= into.batch.num_requests:
         buffer = into.buffer
     else:
         buffer = _buffer(into, batch, workers)
-    if shares is not None and batch.num_requests <= shares.max_requests:
+    if outer is not None:
+        if isinstance(shares, OuterStates) and shares.serves(outer):
+            shares = shares.of(batch, outer)
+        else:
+            floats = _partial_floats(spec, device, workers, 0) + outer_floats(geometry, outer)
+            partials = workspace.partials(floats)
+            shares = OuterStates.allocate(spec, batch, outer, workers, partials)
+    elif isinstance(shares, SharedPrefixes) and batch.num_requests <= shares.max_requests:
         shares = shares.of(batch)
     elif looks_for_shares and are_looked_for(batch):
         floats = _partial_floats(spec, device, workers, split_tokens)
@@ -246,6 +263,33 @@ def _fill(plan: Plan) -> None:
         split=-1 if geometry.batch_invariant else plan.split_tokens,
         many_rows_only=geometry.rope or geometry.batch_invariant,
     )
+
+
+def _check_outer(
+    spec: AttentionSpec, batch: PagedBatch, outer: OuterLevels, split_tokens: int, on_host: bool
+) -> None:
+    if split_tokens != 0:
+        raise ValueError(f"split_tokens must be 0 with outer; got {split_tokens}")
+    outer.check(spec, batch)
+    if on_host:
+        for level in outer.levels:
+            _check_values(level, spec.page_size)
+        return
+    most = max_prior_rows(spec, batch.device)
+    if batch.max_qo_len is None or batch.max_qo_len > most:
+        raise ValueError(
+            f"max_qo_len of a batch with outer levels must be at most {most} on a GPU; "
+            f"got {batch.max_qo_len}"
+        )
+
+
+def max_prior_rows(spec: AttentionSpec, device: torch.device | str = "cpu") -> int:
+    """Most query rows of a request that may come behind outer levels, 0 if none may."""
+    device_type = torch.device(device).type
+    if supports(spec, device_type) is not None:
+        return 0
+    packed = attention_kernels.max_prior_rows(device_type=device_type, **spec.kernel_types)
+    return packed // (spec.num_qo_heads // spec.num_kv_heads)
 
 
 def _buffer(into: Plan | None, batch: PagedBatch, workers: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fi_backend.batch import PagedBatch
-from fi_backend.kernels import attention as attention_kernels
-from fi_backend.kernels import device_plan, host_plan
+from fi_backend.group_states import GroupStates, max_states, plan_ints, state_floats
+from fi_backend.kernels import host_plan
 from fi_backend.kernels.shared_prefix import (
     Groups,
     find_shared_prefixes,
@@ -32,23 +32,13 @@ MIN_TOKENS = 256
 # Keys, of all kv heads, that a GPU reads in the time that groups cost a layer, out of the L2 cache,
 # where what many share mostly is: docs/shared-prefix-notes.md.
 WORTH_KEYS = 7 << 16
-# Most query rows of groups, and states of them, one for each part of the keys: this bounds memory.
-_MAX_ROWS = 1024
-_MAX_STATES = 2048
-_MOST_PARTS = 16  # of what a row shares: plan/kept_parts.h
-_NUM_PARTS = 19  # place in a plan's header of the states that each row has: plan/work_line.h
-_ALIGNMENT = 4  # floats
+_MAX_ROWS = 1024  # of queries, of groups: this bounds memory
 _FEW_ROWS = 32  # packed rows of a request that may share
 
 
 def _max_rows(geometry: Geometry, max_requests: int) -> int:
     group_size = geometry.num_qo_heads // geometry.num_kv_heads
     return min(_MAX_ROWS, max_requests * max(1, _FEW_ROWS // group_size))
-
-
-def _max_states(geometry: Geometry, max_requests: int) -> int:
-    rows = _max_rows(geometry, max_requests)
-    return min(_MOST_PARTS * rows, max(rows, _MAX_STATES))
 
 
 def are_looked_for(batch: PagedBatch) -> bool:
@@ -75,9 +65,7 @@ def _page_list(batch: PagedBatch) -> torch.Tensor:
 
 def shared_floats(geometry: Geometry, max_requests: int) -> int:
     """Count the float32 elements of workspace for the states of groups' rows."""
-    states = _max_states(geometry, max_requests)
-    # And some to begin at a multiple of 16 bytes.
-    return states * geometry.num_qo_heads * (geometry.head_dim_vo + 1) + _ALIGNMENT
+    return state_floats(geometry, max_states(_max_rows(geometry, max_requests)))
 
 
 def shared_bytes(
@@ -85,18 +73,12 @@ def shared_bytes(
 ) -> int:
     """Count the bytes that steps of up to so many requests need, workspace included."""
     groups = Groups.num_ints(max_requests, _max_rows(geometry, max_requests), device.type)
-    plan = _group_plan_ints(max_requests, num_workers, device)
+    plan = plan_ints(max_shared_groups(max_requests, device.type), num_workers, device)
     return 4 * (groups + plan + shared_floats(geometry, max_requests))
 
 
-def _group_plan_ints(max_requests: int, num_workers: int, device: torch.device) -> int:
-    planner = host_plan if device.type == "cpu" else device_plan
-    groups = max_shared_groups(max_requests, device.type)
-    return planner.plan_buffer_ints(max_reqs=groups, num_workers=num_workers)
-
-
-@dataclass(frozen=True)
-class SharedPrefixes:
+@dataclass(frozen=True, kw_only=True)
+class SharedPrefixes(GroupStates):
     """What requests of a step share, as its plan found it.
 
     Attributes:
@@ -104,12 +86,6 @@ class SharedPrefixes:
         is_active: whether the step is looked at.
         pages: int32 [*], page ids of all requests, in one list.
         groups: what the search writes.
-        group_plan: int32, the plan of the batch that groups make.
-        partials: float32 workspace of the attention kernels.
-        prior_out: float32 [max_states, num_qo_heads, head_dim_vo], states of groups' rows.
-        prior_lse: float32 [max_states, num_qo_heads].
-        prior_parts: int32 [1], states of each row, in the group plan.
-        kernels: what computes those.
         capacity: as `groups`, for the largest step.
     """
 
@@ -117,12 +93,6 @@ class SharedPrefixes:
     is_active: bool
     pages: torch.Tensor
     groups: Groups
-    group_plan: torch.Tensor
-    partials: torch.Tensor
-    prior_out: torch.Tensor
-    prior_lse: torch.Tensor
-    prior_parts: torch.Tensor
-    kernels: Any
     capacity: Groups
 
     @classmethod
@@ -138,28 +108,21 @@ class SharedPrefixes:
             workspace: float32 scratch; states of groups' rows take shared_floats() at its end, what
                 is before is left to the attention kernels.
         """
-        geometry, device, requests = spec.geometry, batch.device, batch.num_requests
-        states, heads = _max_states(geometry, requests), geometry.num_qo_heads
-        groups = Groups.empty(requests, _max_rows(geometry, requests), device)
-        first = workspace.numel() - shared_floats(geometry, requests) + _ALIGNMENT
-        first -= first % _ALIGNMENT
-        prior = workspace[first:]
-        values = states * heads * geometry.head_dim_vo
-        group_plan = torch.empty(
-            _group_plan_ints(requests, num_workers, device), dtype=torch.int32, device=device
-        )
+        requests, rows = batch.num_requests, _max_rows(spec.geometry, batch.num_requests)
+        groups = Groups.empty(requests, rows, batch.device)
         return cls(
             batch=batch,
             is_active=True,
             pages=_page_list(batch),
             groups=groups,
-            group_plan=group_plan,
-            partials=workspace[:first],
-            prior_out=prior[:values].view(states, heads, geometry.head_dim_vo),
-            prior_lse=prior[values : values + states * heads].view(states, heads),
-            prior_parts=group_plan[_NUM_PARTS : _NUM_PARTS + 1],
-            kernels=attention_kernels.load_groups(device_type=device.type, **spec.kernel_types),
             capacity=groups,
+            **cls.memory(
+                spec,
+                num_groups=groups.group_lens.shape[0],
+                num_states=max_states(rows),
+                num_workers=num_workers,
+                workspace=workspace,
+            ),
         )
 
     @property
@@ -263,42 +226,21 @@ class SharedPrefixes:
             num_workers: as planned.
         """
         groups = self.groups
-        (launch or self.kernels.run)(
-            plan_buffer=self.group_plan,
-            partials=self.partials,
+        prior = self.run_groups(
+            launch,
+            spec=spec,
             q=q,
-            k_cache=kv_cache[0],
-            v_cache=kv_cache[1],
-            out=self.prior_out,
-            lse=self.prior_lse,
-            qo_indptr=groups.group_indptr,
-            kv_lens=groups.group_lens,
-            page_indptr=groups.group_tables,
-            page_indices=self.pages,
-            block_table=None,
-            request_rows=None,
-            max_qo_len=None,
-            alibi_slopes=None,
-            sinks=None,
-            custom_mask=None,
-            mask_indptr=None,
-            q_rows=groups.q_rows,
+            kv_cache=kv_cache,
             k_scale=k_scale,
-            v_scale=1.0,
-            sm_scale=spec.sm_scale,
-            logits_soft_cap=spec.logits_soft_cap,
-            window_left=-1,
-            causal=False,
-            rope_scale=1.0,
-            rope_theta=0.0,
             num_workers=num_workers,
-            members=(),
+            group_indptr=groups.group_indptr,
+            group_lens=groups.group_lens,
+            group_tables=groups.group_tables,
+            pages=self.pages,
+            q_rows=groups.q_rows,
         )
-        return dict(
+        return prior | dict(
             kv_lens=groups.own_lens,
             first_pages=groups.first_pages,
             first_rows=groups.first_rows,
-            prior_out=self.prior_out,
-            prior_lse=self.prior_lse,
-            prior_parts=self.prior_parts,
         )

@@ -29,7 +29,19 @@ _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 _MAX_LINE = 100
 # The engine-facing core first, then FlashInfer's calls by what they do.
 _ORDER = (
-    ("The core", ("spec", "batch", "planning", "workspace", "attention", "step_tables", "warmup")),
+    (
+        "The core",
+        (
+            "spec",
+            "batch",
+            "outer_levels",
+            "planning",
+            "workspace",
+            "attention",
+            "step_tables",
+            "warmup",
+        ),
+    ),
     ("Attention", ("decode", "prefill", "batch_attention", "cascade")),
     ("Custom attention variants", ("variants",)),
     ("The paged cache", ("page", "rope_append")),

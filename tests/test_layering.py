@@ -15,7 +15,14 @@ PACKAGE = ROOT / "fi_backend"
 
 LEAVES = {"errors", "env"}
 DATA = {"spec", "batch", "workspace", "checks", "torch_ops", "variants"}
-CORE = {"planning", "attention", "attention_op", "shared_prefixes"}
+CORE = {
+    "planning",
+    "attention",
+    "attention_op",
+    "group_states",
+    "outer_levels",
+    "shared_prefixes",
+}
 TOP = {"cli", "prebuilt", "warmup", "__init__"}
 
 

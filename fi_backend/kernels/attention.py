@@ -5,6 +5,7 @@ Where a row's bits must not depend on its batch, the many-row kernel runs alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,17 @@ from fi_backend.kernels import (
 )
 from fi_backend.kernels.decode import decode_spec
 
-__all__ = ["attention_specs", "call_count", "group_spec", "load", "load_groups", "partial_floats"]
+__all__ = [
+    "attention_specs",
+    "call_count",
+    "group_spec",
+    "load",
+    "load_groups",
+    "max_prior_rows",
+    "partial_floats",
+]
+
+_PRIOR_ROWS = 32  # packed, of a request: as on most GPUs
 
 # Every run on CUDA launches the few-row kernel or the one for both lines: their modules count. So
 # does that of the many-row kernel where it runs alone; what it runs beside the others then counts
@@ -133,6 +144,19 @@ def load_groups(
     """Load the kernel of group_spec(), whose arguments these are."""
     loader = attention_cuda.load_lines if device_type == "cuda" else attention_line.load_lines
     return loader((group_spec(device_type=device_type, **types),))
+
+
+@functools.cache
+def max_prior_rows(*, device_type: str, **types: Any) -> int:
+    """Most packed query rows of a request that may begin with prior states.
+
+    On a GPU that is what the few-row kernel takes, which alone merges them; on the CPU as many.
+    Arguments are those of load().
+    """
+    if device_type == "cuda":
+        specs = attention_specs(device_type=device_type, **types)
+        return attention_cuda.load_lines(specs[:2], specs[2:]).few_rows_limit
+    return _PRIOR_ROWS
 
 
 def call_count() -> int:

@@ -145,12 +145,13 @@ class CudaLineKernels:
         build([*specs, *mixed, *beside])
         modules = [load(spec) for spec in specs]
         self._runs: list[Callable[..., None]] = [m.get_function("run") for m in modules]
-        # Packed query rows of a request up to which the first kernel, for few rows, computes it.
-        self._few_rows_limit = 0
+        # Packed query rows of a request up to which the first kernel, for few rows, computes it;
+        # 0 without that kernel.
+        self.few_rows_limit = 0
         # And up to which that kernel has more than one thread block an SM.
         self._small_item_rows = 0
         if len(modules) > 1:
-            self._few_rows_limit = modules[0].get_function("few_rows_limit")()
+            self.few_rows_limit = modules[0].get_function("few_rows_limit")()
             self._small_item_rows = modules[0].get_function("small_item_rows")()
         self._mixed = [load(spec) for spec in mixed]
         self._mixed_runs: dict[int, list[Callable[..., None]]] = {}  # by device
@@ -312,7 +313,7 @@ class CudaLineKernels:
         self, q: torch.Tensor, num_reqs: int, most_rows: int, group_size: int
     ) -> Sequence[Callable[..., None]]:
         """Choose by what the host knows of a step: an empty launch costs microseconds too."""
-        if most_rows * group_size <= self._few_rows_limit:
+        if most_rows * group_size <= self.few_rows_limit:
             return self._runs[:1]
         # As plan/work_line.h, has_few_rows(). What is not on a GPU at all, run() refuses.
         has_many_rows = q.shape[0] > num_reqs * (self._small_item_rows // group_size)

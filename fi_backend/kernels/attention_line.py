@@ -151,6 +151,8 @@ class LineKernels:
                 with a prior state, of keys before; what depends on positions is not served then
                 (ALiBi, custom masks, windows that hide keys, rope, variants).
             first_rows: int32 [num_reqs], the request's first row in prior_out and prior_lse.
+                Without first_pages all rows begin with a prior state, on a GPU those of the few-row
+                line.
             prior_out: float32 [* x prior_parts, num_qo_heads, head_dim_vo], contiguous; computed
                 with v_scale 1 and without sinks.
             prior_lse: float32 [* x prior_parts, num_qo_heads], contiguous, base 2; -inf for a state

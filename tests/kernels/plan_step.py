@@ -202,3 +202,11 @@ def plan_groups(
     first = HEADER + 2 * costs
     starts, cuts = plan[first : first + 4 * records].view(2, 2, num_workers + 1, 4)[:, 1]
     return GroupPlan(int(plan[HAS_WORK + 1]), int(plan[NUM_PARTS]), starts, cuts)
+
+
+def many_row_line(plan: torch.Tensor, num_requests: int, num_workers: int) -> list[torch.Tensor]:
+    """Return the header of a plan, and the arrays of its many-row line."""
+    costs, records = 2 * (num_requests + 1), 4 * (num_workers + 1)
+    sizes = [HEADER, *[costs] * 2, *[records] * 6, *[num_workers + 1] * 2]
+    header, *arrays = plan[: sum(sizes)].split(sizes)
+    return [header, *arrays[1::2]]

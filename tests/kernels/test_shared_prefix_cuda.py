@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fi_backend.kernels.host_plan import host_plan, plan_buffer_ints
 from fi_backend.kernels.shared_prefix import Groups, find_shared_prefixes, shared_plan
 from tests.kernels.attention_cuda_case import planner_target
-from tests.kernels.plan_step import HEADER
+from tests.kernels.plan_step import many_row_line
 from tests.kernels.shared_prefix_step import Branch, SharingStep, sharing_steps
 
 pytestmark = pytest.mark.gpu
@@ -111,14 +111,6 @@ def expect(step: SharingStep, groups: Groups, **options: Any) -> Planned:
     return Planned(groups, plan, group_plan)
 
 
-def many_row_line(plan: torch.Tensor, num_requests: int) -> list[torch.Tensor]:
-    """Return the header of a plan, and the arrays of its many-row line."""
-    costs, records = 2 * (num_requests + 1), 4 * (WORKERS + 1)
-    sizes = [HEADER, *[costs] * 2, *[records] * 6, *[WORKERS + 1] * 2]
-    header, *arrays = plan[: sum(sizes)].split(sizes)
-    return [header, *arrays[1::2]]
-
-
 def check(
     step: SharingStep,
     tables: dict[str, Any] | None = None,
@@ -141,7 +133,7 @@ def check(
     expected = expect(step, groups, **options)
     assert torch.equal(made.plan, expected.plan)
     num_groups = groups.group_lens.shape[0]
-    lines = [many_row_line(x.group_plan, num_groups) for x in (made, expected)]
+    lines = [many_row_line(x.group_plan, num_groups, WORKERS) for x in (made, expected)]
     if num_rows == 0:  # its header and its workers' starts say that there is nothing to do
         lines = [[line[0], line[2]] for line in lines]
     for of_device, of_host in zip(*lines, strict=True):

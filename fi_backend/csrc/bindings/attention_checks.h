@@ -97,16 +97,18 @@ inline PageTable page_table(const PageTableArguments& a, int64_t page_size, int6
 // The states of rows over shared pages that the arguments describe; see PriorStates.
 inline PriorStates prior_states(const AttentionArguments& a, int64_t head_dim_vo, int64_t num_reqs,
                                 DLDevice device) {
-  const bool is_given = a.first_pages.has_value();
-  for (const auto* other : {&a.first_rows, &a.prior_out, &a.prior_lse, &a.prior_parts}) {
-    if (other->has_value() != is_given) {
-      TVM_FFI_THROW(ValueError) << "first_pages, first_rows, prior_out, prior_lse and prior_parts "
-                                << "must be given together";
+  const bool is_given = a.first_rows.has_value();
+  for (const auto* other : {&a.prior_out, &a.prior_lse, &a.prior_parts}) {
+    if (other->has_value() != is_given || (a.first_pages.has_value() && !is_given)) {
+      TVM_FFI_THROW(ValueError) << "first_rows, prior_out, prior_lse and prior_parts must be given "
+                                << "together, and with first_pages";
     }
   }
   if (!is_given) return {};
   const TensorView &out = a.prior_out.value(), &lse = a.prior_lse.value();
-  check_tensor("first_pages", a.first_pages.value(), kDtypeOf<int32_t>, {num_reqs}, device);
+  if (a.first_pages.has_value()) {
+    check_tensor("first_pages", a.first_pages.value(), kDtypeOf<int32_t>, {num_reqs}, device);
+  }
   check_tensor("first_rows", a.first_rows.value(), kDtypeOf<int32_t>, {num_reqs}, device);
   check_tensor("prior_out", out, kDtypeOf<float>, {kAnySize, a.q.size(1), head_dim_vo}, device);
   check_tensor("prior_lse", lse, kDtypeOf<float>, {out.size(0), a.q.size(1)}, device);

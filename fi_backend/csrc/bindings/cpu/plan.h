@@ -1,6 +1,7 @@
 // Bindings of the host planner: validate, fill the geometry, plan.
 #pragma once
 
+#include <bindings/outer_levels.h>
 #include <bindings/plan_geometry.h>
 #include <bindings/shared_prefix.h>
 #include <fi_backend/attention/cpu/scratch.h>
@@ -72,6 +73,24 @@ inline void find_shared_prefixes(
       {own_lens, first_pages, first_rows, group_indptr, group_lens, group_tables, q_rows, scratch},
       num_qo_heads, num_kv_heads, limits.few_rows, window_left, min_tokens, worth_keys, kCpu);
   fi::find_shared_prefixes(params);
+}
+
+// See outer_levels().
+inline void write_outer_levels(TensorView qo_indptr, Optional<TensorView> first_qo_indptr,
+                               Optional<TensorView> first_kv_lens,
+                               Optional<TensorView> first_page_indptr,
+                               Optional<TensorView> second_qo_indptr,
+                               Optional<TensorView> second_kv_lens,
+                               Optional<TensorView> second_page_indptr, int64_t second_pages,
+                               TensorView group_indptr, TensorView group_lens,
+                               TensorView group_tables, TensorView q_rows) {
+  const OuterLevels levels =
+      outer_levels(qo_indptr, {first_qo_indptr, first_kv_lens, first_page_indptr},
+                   {second_qo_indptr, second_kv_lens, second_page_indptr}, second_pages,
+                   {group_indptr, group_lens, group_tables, q_rows}, kCpu);
+  const int32_t num_places = num_group_places(levels);
+  for (int32_t i = 0; i <= num_places; ++i) write_group_place(levels, i);
+  for (int32_t i = 0; i < levels.num_levels * levels.max_rows; ++i) write_q_row(levels, i);
 }
 
 }  // namespace fi::bindings

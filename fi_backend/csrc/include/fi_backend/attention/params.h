@@ -16,12 +16,17 @@ inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr int kMaxVariantBytes = 128;
 
 // States of rows over keys that come before those of kv_lens: the rows of groups that share pages
-// (plan/shared_prefix.h).
+// (plan/shared_prefix.h, plan/outer_levels.h).
 struct PriorStates {
   const float* out;           // [* num_parts, num_qo_heads, head_dim_vo], without v_scale and sinks
   const float* lse;           // [* num_parts, num_qo_heads], base 2; -inf where there is no part
-  const int32_t* first_rows;  // [num_reqs], of each request whose first_pages are above 0
+  const int32_t* first_rows;  // [num_reqs], of each request that has some; nullptr = none has
   const int32_t* num_parts;   // [1], states of a row, one after the other, over parts of the keys
+
+  // Whether a request has some. first_pages: see AttentionParams; without them, all have.
+  FI_HOST_DEVICE bool are_of(const int32_t* first_pages, int32_t first_page) const {
+    return first_rows != nullptr && (first_pages == nullptr || first_page > 0);
+  }
 };
 
 struct AttentionParams {
@@ -36,7 +41,7 @@ struct AttentionParams {
   const int32_t* kv_lens;    // [num_reqs], as planned
   const int32_t* q_rows;     // [num_rows] of out, row of q for each; nullptr = the same
   const int32_t* first_pages;  // [num_reqs], of a page list, where kv_lens begin; nullptr = 0
-  PriorStates prior;           // set if first_pages is
+  PriorStates prior;           // set if first_pages is; of all requests if that is not
   const float* alibi_slopes;   // [num_qo_heads]; nullptr = none
   const float* sinks;          // [num_qo_heads], natural-log logits; nullptr = none
   const uint8_t* custom_mask;  // little-endian bits [qo_len, kv_len] per request; nullptr = none

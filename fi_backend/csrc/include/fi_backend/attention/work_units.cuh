@@ -103,7 +103,8 @@ class WorkUnits {
     unit.ends_piece =
         tokens_.end == piece_.tokens.end && first_row_ + unit_rows_ >= piece_.num_rows;
     unit.exists = true;
-    const bool has_prior = piece_.first_page > 0 && tokens_.begin == piece_.item.begin;
+    const bool has_prior =
+        prior.are_of(first_pages_, piece_.first_page) && tokens_.begin == piece_.item.begin;
     unit.prior_row = has_prior ? prior.first_rows[piece_.request] : 0;
     unit.prior_parts = has_prior ? *prior.num_parts : 0;
     if (unit.is_whole_item) return;

@@ -5,6 +5,7 @@
 
 #include <fi_backend/common/launch.cuh>
 #include <fi_backend/plan/device_plan.cuh>
+#include <fi_backend/plan/level_plan.cuh>
 #include <fi_backend/plan/shared_plan.cuh>
 
 namespace fi {
@@ -25,6 +26,11 @@ inline cudaError_t device_plan(const DevicePlanParams& p, cudaStream_t stream) {
 inline cudaError_t shared_plan(const SharedPlanParams& p, cudaStream_t stream) {
   return launch(shared_plan_kernel, kNumLines + p.num_search_blocks,
                 plan_block(p.batch.geometry, 2), stream, p.enable_pdl, p);
+}
+
+inline cudaError_t level_plan(const LevelPlanParams& p, cudaStream_t stream) {
+  return launch(level_plan_kernel, kNumLines + 1, plan_block(p.batch.geometry, 1), stream,
+                p.enable_pdl, p);
 }
 
 }  // namespace fi

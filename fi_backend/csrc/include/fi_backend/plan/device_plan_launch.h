@@ -8,5 +8,6 @@ namespace fi {
 
 cudaError_t launch_device_plan(const DevicePlanParams& params, cudaStream_t stream);
 cudaError_t launch_shared_plan(const SharedPlanParams& params, cudaStream_t stream);
+cudaError_t launch_level_plan(const LevelPlanParams& params, cudaStream_t stream);
 
 }  // namespace fi

@@ -1,6 +1,7 @@
 // Arguments of the device planner.
 #pragma once
 
+#include <fi_backend/plan/outer_levels.h>
 #include <fi_backend/plan/shared_prefix.h>
 #include <fi_backend/plan/work_line.h>
 
@@ -28,6 +29,14 @@ struct SharedPlanParams {
   PlannedBatch groups;  // lengths are written by the search too
   int32_t* found;       // [1], scratch; 0 between launches
   int32_t num_search_blocks;
+  bool enable_pdl;
+};
+
+// A step whose rows attend to given levels of keys before those of `batch`.
+struct LevelPlanParams {
+  OuterLevels levels;
+  PlannedBatch batch;
+  PlannedBatch groups;  // that the levels make; lengths are written first
   bool enable_pdl;
 };
 

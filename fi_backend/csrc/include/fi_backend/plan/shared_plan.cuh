@@ -5,7 +5,7 @@
 // warps what each request attends to by itself, the others the groups.
 #pragma once
 
-#include <fi_backend/plan/device_plan.cuh>
+#include <fi_backend/plan/group_plan.cuh>
 #include <fi_backend/plan/shared_prefix.cuh>
 #include <fi_backend/ptx/atomic.cuh>
 
@@ -20,35 +20,11 @@ union SharedPlanMemory {
 // The plan of no groups.
 __device__ __forceinline__ void plan_no_groups(const PlannedBatch& groups) {
   const WorkGeometry& g = groups.geometry;
+  begin_group_plan(groups);
   const PlanView plan = view_plan(groups.plan, g.num_reqs, g.num_workers);
-  if (threadIdx.x == 0) {
-    *plan.geometry = g;
-    plan.has_work[kFewRows] = plan.has_work[kManyRows] = kNoWork;
-    *plan.few_row_blocks = 0;
-    *plan.num_parts = 1;
-  }
   for (int32_t w = threadIdx.x; w <= g.num_workers; w += blockDim.x) {
     plan_end(g, kManyRows, w, plan);
   }
-}
-
-// Write how many states a row of the groups has. All threads of the team call this behind their
-// plan: each reads the cuts that it has written. `most` is in shared memory, 1.
-__device__ __forceinline__ void finish_group_plan(const SomeWarps& team, const PlannedBatch& groups,
-                                                  int32_t end_group, int32_t& most) {
-  const WorkGeometry& g = groups.geometry;
-  const PlanView plan = view_plan(groups.plan, g.num_reqs, g.num_workers);
-  const bool is_cut_line = plan.has_work[kManyRows] == kCutLine;
-  int32_t holders = 1;
-  for (int32_t w = team.thread(); w <= g.num_workers; w += team.num_threads()) {
-    holders = max(holders, plan.cuts[kManyRows][w].num_holders);
-    if (is_cut_line) end_behind_groups(g, end_group, w, plan);
-  }
-  holders = __reduce_max_sync(kFullWarp, holders);
-  if (team.thread() % kWarpSize == 0) atomicMax(&most, holders);
-  team.sync();
-  if (team.thread() > 0) return;
-  *plan.num_parts = most * group_rows(groups.qo_indptr, g.num_reqs).num_levels;
 }
 
 // Whether all other blocks have ended, and some request has something in common with another. The

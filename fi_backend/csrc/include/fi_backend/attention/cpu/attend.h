@@ -111,7 +111,9 @@ class Attend {
 
   // Normalise the state and write it to out and lse.
   void write_output() {
-    if (params_.first_pages != nullptr && params_.first_pages[piece_.request] > 0) merge_prior();
+    const int32_t* first_pages = params_.first_pages;
+    const int32_t first_page = first_pages == nullptr ? 0 : first_pages[piece_.request];
+    if (params_.prior.are_of(first_pages, first_page)) merge_prior();
     for (int row = 0; row < piece_.num_rows; ++row) {
       const PackedRow& packed = queries_.packed_row(row);
       const int64_t token = output_row(piece_.qo_begin + packed.token);
