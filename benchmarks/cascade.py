@@ -154,7 +154,7 @@ def told_levels(package: str, cell: Cell, step: Step) -> Call:
         len(levels), torch.empty(512 << 20, dtype=torch.uint8, device=device), "NHD"
     )
     wrapper.plan(
-        [level.qo_indptr for level in levels],
+        [level.qo_indptr.cpu() for level in levels],  # ours looks at these where nobody waits
         [level.kv_indptr for level in levels],
         [level.kv_indices for level in levels],
         [level.last_page_len for level in levels],
