@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ BUILDERS = {
     "pack_masks": (pack_masks_spec, ()),
     "decode": (decode_spec, (BF16, BF16)),
     "decode_fp8": (decode_spec, (BF16, E4M3)),
+    "decode_d64": (partial(decode_spec, dims=(64, 64)), (BF16, BF16)),
+    "decode_d64_fp8": (partial(decode_spec, dims=(64, 64)), (BF16, E4M3)),
     "prefill": (prefill_spec, (BF16, BF16)),
     "prefill_fp8": (prefill_spec, (BF16, E4M3)),
     "mixed": (mixed_spec, (BF16, BF16)),

@@ -12,6 +12,7 @@
 #include <fi_backend/attention/few_rows_queries.cuh>
 #include <fi_backend/attention/few_rows_softmax.cuh>
 #include <fi_backend/attention/partials.cuh>
+#include <fi_backend/common/fresh_registers.cuh>
 #include <fi_backend/ptx/atomic.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/ptx/load_global.cuh>
@@ -24,6 +25,7 @@ template <class Traits>
 class FewRowsCompute {
   using Shared = FewRowsShared<Traits>;
   using Variant = typename Traits::Variant;
+  using Products = FewRowsProducts<Traits>;
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
 
  public:
@@ -75,14 +77,14 @@ class FewRowsCompute {
   __device__ __forceinline__ RingPlace take_stage(RingSide side) {
     RingPlace& next = side == kKeys ? keys_ : values_;
     const RingPlace place = next;
-    next.advance(ring_slots(p_.num_stages, side));
+    next.advance(p_.ring_slots[side]);
     return place;
   }
-  // Wait until a stage is full; return its shared address.
+  // Wait until a stage is full; return where it begins, from the first stage of K on.
   __device__ __forceinline__ uint32_t begin_stage(RingSide side, const RingPlace& place) const {
     const SlotBarriers& barriers = shared_.stage_barriers[side][place.slot];
     ptx::mbarrier_wait(ptx::shared_address(&barriers.full), place.parity);
-    return rings_ + stage_offset<Traits>(p_.num_stages, side, place);
+    return stage_offset<Traits>(p_.ring_slots, side, place);
   }
   __device__ __forceinline__ void end_stage(RingSide side, const RingPlace& place) const {
     arrive_as_warp(shared_.stage_barriers[side][place.slot].empty);
@@ -91,7 +93,7 @@ class FewRowsCompute {
   // Where warps bring a block of rows together: [kTokenWarps, kRowBlock, kVo], swizzled.
   __device__ __forceinline__ float* scratch_values(int token_warp) const {
     auto* rings = reinterpret_cast<uint8_t*>(&shared_ + 1);
-    const uint32_t offset = stage_offset<Traits>(p_.num_stages, kKeys, scratch_);
+    const uint32_t offset = stage_offset<Traits>(p_.ring_slots, kKeys, scratch_);
     return reinterpret_cast<float*>(rings + offset) + token_warp * kRowBlock * Traits::kVo;
   }
 
@@ -100,28 +102,37 @@ class FewRowsCompute {
   template <int kBlocks>
   __device__ __forceinline__ void compute(const FewRowsUnit& unit, const uint8_t* q) {
     const int first_row = row_group() * kRowBlock;
+    KvRange unmasked = keys_all_see(p_.attention, shared_.geometry, unit.piece);
+    unmasked.end = min(unmasked.end, unit.tokens.end);
     FewRowsSoftmax<Traits, kBlocks> softmax(
         ptx::shared_address(q) + first_row * Traits::QRows::kRowBytes, rows_ + first_row,
-        make_logit_transform(p_.attention, unit.piece),
-        keys_all_see(p_.attention, shared_.geometry, unit.piece),
+        make_logit_transform(p_.attention, unit.piece), unmasked,
         PieceVariant<Variant>(p_.attention, unit.piece));
     const int32_t end = unit.tokens.end;
     const bool has_rows = first_row < unit.num_rows;
+    const int first_tile = token_warp() * Traits::kTokensAtOnce;
+    uint32_t key_place = rings_ + first_tile * Traits::KRows::kRowBytes + Products::first_key();
+    uint32_t value_place = rings_ + first_tile * Traits::VRows::kRowBytes + Products::first_value();
+    if constexpr (Traits::kKeepsPlaces) {
+      key_place = keep_in_register(key_place);
+      value_place = keep_in_register(value_place);
+    }
 #pragma unroll 1
     for (int32_t token = unit.tokens.begin; token < end; token += Traits::kStageTokens) {
       const RingPlace keys = take_stage(kKeys);
       const RingPlace values = take_stage(kValues);
-      const uint32_t keys_at = begin_stage(kKeys, keys);
+      const uint32_t keys_at = key_place + begin_stage(kKeys, keys);
 #pragma unroll
-      for (int i = 0; i < Traits::kTilesPerWarp; ++i) {
-        const int row = (i * kTokenWarps + token_warp()) * kTileTokens;
-        const bool is_last = i + 1 == Traits::kTilesPerWarp;
+      for (int i = 0; i < Traits::kTilesPerWarp; i += Traits::kTilesAtOnce) {
+        const int row = i * kTokenWarps * kTileTokens;  // from the warp's first one
+        const bool is_last = i + Traits::kTilesAtOnce == Traits::kTilesPerWarp;
         const auto begin_values = [&] {
           if (is_last) end_stage(kKeys, keys);
-          return begin_stage(kValues, values) + row * Traits::VRows::kRowBytes;
+          return value_place + begin_stage(kValues, values) + row * Traits::VRows::kRowBytes;
         };
-        if (has_rows && token + row < end) {
-          softmax.attend(keys_at + row * Traits::KRows::kRowBytes, token + row, end, begin_values);
+        const int32_t first = token + first_tile + row;
+        if (has_rows && first < end) {
+          softmax.attend(keys_at + row * Traits::KRows::kRowBytes, first, end, begin_values);
         } else if (is_last) {
           begin_values();  // a slot may only be given back that was filled
         }
@@ -299,11 +310,11 @@ __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* sh
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
   const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
-    init_slots(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys),
-               kStageArrivals<Traits>, Traits::kComputeWarps);
+    init_slots(shared.stage_barriers[kKeys], p.ring_slots[kKeys], kStageArrivals<Traits>,
+               Traits::kComputeWarps);
   } else if (threadIdx.x == 2 * kWarpSize) {
-    init_slots(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues),
-               kStageArrivals<Traits>, Traits::kComputeWarps);
+    init_slots(shared.stage_barriers[kValues], p.ring_slots[kValues], kStageArrivals<Traits>,
+               Traits::kComputeWarps);
   } else if (threadIdx.x == kWarpSize) {
     init_slots(shared.unit_barriers, Traits::kUnitSlots, kUnitArrivals, Traits::kComputeWarps);
   }
@@ -321,7 +332,8 @@ __global__ void __launch_bounds__(Traits::kThreads*(kTeamsAreOneCta ? Traits::kT
                                   kTeamsAreOneCta ? 1 : Traits::kTeams)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
-  const int team_bytes = int(sizeof(FewRowsShared<Traits>)) + p.num_stages * Traits::kStageBytes;
+  const int num_stages = p.ring_slots[kKeys] + p.ring_slots[kValues];
+  const int team_bytes = int(sizeof(FewRowsShared<Traits>)) + num_stages * Traits::kStageBytes;
   // Teams of an SM are far apart in the line of work: the first workers have an SM each.
   run_few_rows<Traits>(p, shared_memory + team<Traits>() * team_bytes,
                        int32_t(blockIdx.x + team<Traits>() * gridDim.x),

@@ -12,6 +12,7 @@
 #include <fi_backend/ptx/cp_async.cuh>
 #include <fi_backend/ptx/grid_dependency.cuh>
 #include <fi_backend/ptx/ldmatrix.cuh>
+#include <fi_backend/ptx/load_global.cuh>
 #include <fi_backend/ptx/mbarrier.cuh>
 
 namespace fi {
@@ -107,17 +108,18 @@ class FewRowsCopies {
     load_page_ids(pages, begin, end);
     if (copies_units()) copy_queries(g, units);
     const int head = units.piece().kv_head;
+    const Kv* k_head = static_cast<const Kv*>(a_.k_cache) + head * a_.k_strides.head;
+    const Kv* v_head = static_cast<const Kv*>(a_.v_cache) + head * a_.v_strides.head;
     int32_t token = begin;
     do {
       const TokenPlaces places = places_;
       load_page_ids(pages, token + Traits::kStageTokens, end);
       if (copies_keys() && token < end) {
-        copy_stage<typename Traits::KRows>(keys_, kKeys, a_.k_cache, a_.k_strides, head, places,
-                                           end - token);
+        copy_stage<typename Traits::KRows>(keys_, kKeys, k_head, p_.k_strides, places, end - token);
       }
       if (copies_units() && token == begin) publish(units);
       if (copies_values() && token < end) {
-        copy_stage<typename Traits::VRows>(values_, kValues, a_.v_cache, a_.v_strides, head, places,
+        copy_stage<typename Traits::VRows>(values_, kValues, v_head, p_.v_strides, places,
                                            end - token);
       }
       token += Traits::kStageTokens;
@@ -128,15 +130,19 @@ class FewRowsCopies {
     }
   }
 
-  // Find the places of a stage's tokens. Pages past the unit's last token are not looked up.
+  // Find the places of a stage's tokens. Those past the unit's last token are where that one is:
+  // copies are rounded up, and 0 times what has no weight is then as harmless as the last token
+  // itself. (One row of zeros, which all would read, is as slow as the one slice of the L2 cache
+  // that has it.)
   __device__ __forceinline__ void load_page_ids(const PageRow& pages, int32_t token, int32_t end) {
+    if (token >= end) return;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int32_t mine = token + first_token() + g * kWarpSize + lane();
-      if (mine >= end) continue;
+      const int32_t mine = min(token + first_token() + g * kWarpSize + lane(), end - 1);
       const int32_t page = p_.page_size(mine);
       places_.offset[g] = mine - page * a_.pages.page_size;
-      places_.page_id[g] = pages.table != nullptr ? pages.table[page] : pages.first + page;
+      places_.page_id[g] = pages.first + page;
+      ptx::load_global_if(pages.table != nullptr, pages.table + page, places_.page_id[g]);
     }
   }
 
@@ -150,7 +156,7 @@ class FewRowsCopies {
     const uint32_t head = piece.kv_head * g.group_size + packed - row * g.group_size;
     const Q* q = static_cast<const Q*>(a_.q) + (int64_t{piece.qo_begin} + row) * a_.q_row_stride +
                  head * a_.q_head_stride;
-    set_row(lane(), reinterpret_cast<uint64_t>(q));
+    set_row<typename Traits::QRows, kRowBlock>(lane(), reinterpret_cast<uint64_t>(q));
     const uint32_t to = ptx::shared_address(shared_.q[unit_.slot]);
     copy_rows<typename Traits::QRows, kRowBlock>(to, units.num_rows());
     ptx::mbarrier_arrive_after_copies(unit_full());
@@ -183,88 +189,96 @@ class FewRowsCopies {
   __device__ __forceinline__ uint32_t begin_stage(const RingPlace& place, RingSide side) const {
     const SlotBarriers& barriers = shared_.stage_barriers[side][place.slot];
     ptx::mbarrier_wait(ptx::shared_address(&barriers.empty), place.parity ^ 1);
-    return rings_ + stage_offset<Traits>(p_.num_stages, side, place);
+    return rings_ + stage_offset<Traits>(p_.ring_slots, side, place);
   }
   template <class Arrive>
   __device__ __forceinline__ void end_stage(RingPlace& place, RingSide side, const Arrive& arrive) {
     arrive(ptx::shared_address(&shared_.stage_barriers[side][place.slot].full));
-    place.advance(ring_slots(p_.num_stages, side));
+    place.advance(p_.ring_slots[side]);
   }
 
   // Copy this warp's share of `count` or all tokens of a stage, which may be none.
   template <class Rows>
-  __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const void* cache,
-                                             const KvStrides& strides, int head,
-                                             const TokenPlaces& places, int32_t count) {
-    const Kv* base = static_cast<const Kv*>(cache) + head * strides.head;
-    uint64_t rows[kGroups];
+  __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const Kv* head,
+                                             const ChunkStrides& strides, const TokenPlaces& places,
+                                             int32_t count) {
+    constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
+    static_assert(kBlock % Traits::kTokensAtOnce == 0, "what a warp reads at once is all copied");
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      rows[g] = reinterpret_cast<uint64_t>(base + places.page_id[g] * strides.page +
-                                           places.offset[g] * strides.token);
+      const uint64_t chunk = uint64_t{uint32_t(places.page_id[g])} * strides.page +
+                             uint64_t{uint32_t(places.offset[g])} * strides.token;
+      set_row<Rows, kBlock>(g * kWarpSize + lane(),
+                            reinterpret_cast<uint64_t>(head) + chunk * kChunkBytes);
     }
     count = min(count - first_token(), Traits::kCopiedTokens);
-    if (count < Traits::kCopiedTokens) repeat_last_row(rows, max(count, 1) - 1);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) set_row(g * kWarpSize + lane(), rows[g]);
-    constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
     copy_rows<Rows, kBlock>(begin_stage(place, side) + first_token() * Rows::kRowBytes, count);
     end_stage(place, side, [](uint32_t barrier) { ptx::mbarrier_arrive_after_copies(barrier); });
   }
 
-  // Let rows past the last one be that one: copies are rounded up, and 0 times what has no weight
-  // is then as harmless as the last token itself. (One row of zeros, which all would read, is as
-  // slow as the one slice of the L2 cache that has it.)
-  __device__ __forceinline__ static void repeat_last_row(uint64_t (&rows)[kGroups], int last) {
-    uint64_t address = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const uint64_t candidate = __shfl_sync(kFullWarp, rows[g], last % kWarpSize);
-      if (last / kWarpSize == g) address = candidate;
+  // How the chunks of a block of rows are dealt to copies of a chunk by each lane.
+  template <class Rows, int kBlock>
+  struct Copies {
+    static constexpr int kCount = kBlock * Rows::kChunks / kWarpSize;
+    static constexpr int kStep = kWarpSize / Rows::kChunks;  // rows from one to the next
+    static constexpr bool kAreOfWholeRows = kStep * Rows::kChunks == kWarpSize;
+    // Two addresses are one load: those of a lane stand side by side.
+    static constexpr bool kLoadsPairs = kAreOfWholeRows && kCount % 2 == 0;
+    // Addresses are loaded so many at a time: a copy after each load would wait for it.
+    static constexpr int kInFlight = kAreOfWholeRows || kCount < 4 ? kCount : 4;
+
+    // Where the address of a row stands.
+    __device__ __forceinline__ static int index(int row) {
+      if constexpr (!kLoadsPairs) return row;
+      const int in_block = row % kBlock;
+      return row - in_block + in_block % kStep * kCount + in_block / kStep;
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (g * kWarpSize + lane() > last) rows[g] = address;
-    }
-  }
+  };
 
   // Say where a row begins that is to be copied.
+  template <class Rows, int kBlock>
   __device__ __forceinline__ void set_row(int row, uint64_t from) const {
-    shared_.copied_rows[copy_warp()][row] = from;
+    shared_.copied_rows[copy_warp()][Copies<Rows, kBlock>::index(row)] = from;
   }
 
   // Copy the rows that were set, rounded up to blocks of kBlock. Lanes know different rows than
   // they copy; through shared memory that takes fewer instructions than with shuffles.
   template <class Rows, int kBlock>
   __device__ __forceinline__ void copy_rows(uint32_t to, int32_t count) const {
-    constexpr int kCopies = kBlock * Rows::kChunks / kWarpSize;  // of a block, 32 chunks each
-    constexpr int kStep = kWarpSize / Rows::kChunks;
-    constexpr bool kCopiesWholeRows = kStep * Rows::kChunks == kWarpSize;
-    // Addresses are loaded so many at a time: a copy after each load would wait for it.
-    constexpr int kInFlight = kCopiesWholeRows || kCopies < 4 ? kCopies : 4;
+    using Shape = Copies<Rows, kBlock>;
+    constexpr int kInFlight = Shape::kInFlight;
     const uint64_t* rows = shared_.copied_rows[copy_warp()];
     __syncwarp();
 #pragma unroll 1
     for (; count > 0; count -= kBlock) {
 #pragma unroll
-      for (int first = 0; first < kCopies; first += kInFlight) {
+      for (int first = 0; first < Shape::kCount; first += kInFlight) {
         // The lane. Where each copy has rows and chunks of its own, they would all be kept in
         // registers if the compiler could know that the lane is always the same.
         int lane = FewRowsCopies::lane();
-        if constexpr (!kCopiesWholeRows) asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+        if constexpr (!Shape::kAreOfWholeRows) asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
         const auto row_of = [&](int copy) { return (copy * kWarpSize + lane) / Rows::kChunks; };
         const auto chunk_of = [&](int copy) { return (copy * kWarpSize + lane) % Rows::kChunks; };
         uint64_t from[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kInFlight && first + i < kCopies; ++i) {
-          from[i] = rows[kCopiesWholeRows ? row_of(0) + i * kStep : row_of(first + i)];
+        for (int i = 0; i < kInFlight && first + i < Shape::kCount; ++i) {
+          if constexpr (Shape::kLoadsPairs) {
+            if (i % 2 != 0) continue;
+            const auto* pairs =
+                reinterpret_cast<const ulonglong2*>(rows + row_of(0) * Shape::kCount);
+            const ulonglong2 pair = pairs[i / 2];
+            from[i] = pair.x;
+            from[i + 1] = pair.y;
+          } else {
+            from[i] = rows[row_of(first + i)];
+          }
         }
 #pragma unroll
-        for (int i = 0; i < kInFlight && first + i < kCopies; ++i) {
+        for (int i = 0; i < kInFlight && first + i < Shape::kCount; ++i) {
           const int copy = first + i;
           uint32_t at = to + Rows::offset(row_of(copy), chunk_of(copy));
-          if constexpr (kCopiesWholeRows) {
-            at = Rows::skip_rows(to + Rows::offset(row_of(0), chunk_of(0)), i * kStep);
+          if constexpr (Shape::kAreOfWholeRows) {
+            at = Rows::skip_rows(to + Rows::offset(row_of(0), chunk_of(0)), i * Shape::kStep);
           }
           const uint64_t address = from[i] + chunk_of(copy) * kChunkBytes;
           if constexpr (Traits::kEvictsFirst) {

@@ -39,6 +39,13 @@ cudaError_t set_up_few_rows(int device, FewRowsSetup& setup) {
                               teams * setup.shape.shared_bytes);
 }
 
+// Strides of dimensions of size 1 may be anything; they are not used.
+template <class Kv>
+ChunkStrides chunk_strides(const KvStrides& strides) {
+  constexpr int kElements = kChunkBytes / int(sizeof(Kv));
+  return {uint32_t(strides.page / kElements), uint32_t(strides.token / kElements)};
+}
+
 template <class Traits>
 FewRowsParams make_few_rows_params(const AttentionParams& params, const FewRowsLaunch& l,
                                    int num_stages) {
@@ -52,9 +59,11 @@ FewRowsParams make_few_rows_params(const AttentionParams& params, const FewRowsL
           plan.spans[kFewRows],
           plan.finished[kFewRows],
           partials,
+          chunk_strides<typename Traits::Kv>(params.k_strides),
+          chunk_strides<typename Traits::Kv>(params.v_strides),
           make_fast_divider(params.pages.page_size),
           l.num_workers,
-          num_stages};
+          {ring_slots(num_stages, kKeys), ring_slots(num_stages, kValues)}};
 }
 
 template <class Traits>

@@ -8,6 +8,13 @@
 
 namespace fi {
 
+// Strides of a cache in chunks of 16 bytes, which rows begin at multiples of: from factors of 32
+// bits, enough for pages of 64 GB, an address takes fewer instructions than from 64.
+struct ChunkStrides {
+  uint32_t page;
+  uint32_t token;
+};
+
 struct FewRowsParams {
   AttentionParams attention;
   const WorkGeometry* geometry;
@@ -16,9 +23,11 @@ struct FewRowsParams {
   const RequestSpan* spans;    // [num_workers + 1]
   int32_t* finished;           // [num_workers], 0 between launches
   PartialArea partials;
+  ChunkStrides k_strides;
+  ChunkStrides v_strides;
   FastDivider page_size;
   int32_t num_workers;
-  int32_t num_stages;
+  int32_t ring_slots[2];  // stages of the ring of K and of that of V
 };
 
 }  // namespace fi

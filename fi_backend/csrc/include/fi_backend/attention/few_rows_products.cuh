@@ -58,50 +58,66 @@ struct FewRowsProducts {
     uint32_t fragments_[kBlocks == 1 ? Traits::kQk / 32 : 1][4];
   };
 
-  // s[n] = 16 rows of K, the first at shared address `k`, times block n of Q. Two chains of
-  // products take half the time of one. K is read again for every two blocks, which saves registers
-  // where there are many.
-  template <int kBlocks>
-  __device__ __forceinline__ static void scores(const Queries<kBlocks>& q, uint32_t k,
-                                                float (&s)[kBlocks][4]) {
-    constexpr int kPass = kBlocks < 2 ? kBlocks : 2;
+  // Where a lane begins to read a tile of K, and one of V, from the tile's first row on.
+  __device__ __forceinline__ static uint32_t first_key() {
     const int lane = threadIdx.x % kWarpSize;
     // Matrices of a load: tokens 0 to 7 and 8 to 15 of one chunk, then of the next.
-    const uint32_t k_at = k + KRows::offset(lane % 16, lane / 16);
+    return KRows::offset(lane % 16, lane / 16);
+  }
+  __device__ __forceinline__ static uint32_t first_value() {
+    const int lane = threadIdx.x % kWarpSize;
+    // Matrices of a load: one chunk and the next of tokens 0 to 7, then of tokens 8 to 15.
+    return VRows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+
+  // s[t][n] = 16 rows of K, tile t of those from the lane's place `k` on, times block n of Q. Two
+  // chains of products take half the time of one. K is read again for every two blocks, which saves
+  // registers where there are many.
+  template <int kTiles, int kBlocks>
+  __device__ __forceinline__ static void scores(const Queries<kBlocks>& q, uint32_t k,
+                                                float (&s)[kTiles][kBlocks][4]) {
+    constexpr int kPass = kBlocks < 2 ? kBlocks : 2;
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kPass) {
-      float odd[kPass][4] = {};
+      float odd[kTiles][kPass][4] = {};
 #pragma unroll
       for (int step = 0; step < Traits::kQk / 32; ++step) {  // 32 dims at a time
-        uint32_t a[2][4];
-        load_keys(k_at, step, a);
+        uint32_t a[kTiles][2][4];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          load_keys(k, t, step, a[t]);
+        }
 #pragma unroll
         for (int n = 0; n < kPass; ++n) {
           uint32_t b[4];
           q.get(first + n, step, b);
-          ptx::mma_m16n8k16<Compute>(s[first + n], a[0], {b[0], b[1]});
-          ptx::mma_m16n8k16<Compute>(odd[n], a[1], {b[2], b[3]});
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) {
+            ptx::mma_m16n8k16<Compute>(s[t][first + n], a[t][0], {b[0], b[1]});
+            ptx::mma_m16n8k16<Compute>(odd[t][n], a[t][1], {b[2], b[3]});
+          }
         }
       }
 #pragma unroll
-      for (int n = 0; n < kPass; ++n) {
+      for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[first + n][i] += odd[n][i];
+        for (int n = 0; n < kPass; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[t][first + n][i] += odd[t][n][i];
+        }
       }
     }
   }
 
-  // o[m][n] += values 16 * m and on (see value_column) of 16 rows of V, times weights p[n].
+  // o[m][n] += values 16 * m and on (see value_column) of 16 rows of V, tile t of those from the
+  // lane's place `v` on, times weights p[n].
   template <int kBlocks>
-  __device__ __forceinline__ static void values(uint32_t v, const uint32_t (&p)[kBlocks][2],
+  __device__ __forceinline__ static void values(uint32_t v, int t, const uint32_t (&p)[kBlocks][2],
                                                 float (&o)[kVoBlocks][kBlocks][4]) {
-    const int lane = threadIdx.x % kWarpSize;
-    // Matrices of a load: one chunk and the next of tokens 0 to 7, then of tokens 8 to 15.
-    const uint32_t v_at = v + VRows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int load = 0; load < kVoBlocks / kPerLoad; ++load) {
       uint32_t a[kPerLoad][4];
-      load_values(v_at, load, a);
+      load_values(v, t, load, a);
 #pragma unroll
       for (int i = 0; i < kPerLoad; ++i) {
 #pragma unroll
@@ -131,28 +147,31 @@ struct FewRowsProducts {
   }
 
  private:
-  // Fragments of dims 32 * step to 32 * step + 31, for two products. Dims of an fp8 chunk take the
-  // places in which their bytes come; Q's are stored to match (few_rows_queries.cuh).
-  __device__ __forceinline__ static void load_keys(uint32_t k_at, int step, uint32_t (&a)[2][4]) {
+  // Fragments of dims 32 * step to 32 * step + 31 of tile t, for two products. Dims of an fp8 chunk
+  // take the places in which their bytes come; Q's are stored to match (few_rows_queries.cuh).
+  __device__ __forceinline__ static void load_keys(uint32_t k, int t, int step,
+                                                   uint32_t (&a)[2][4]) {
+    const int tile = t * kTileTokens * KRows::kRowBytes;
     if constexpr (Traits::kIsFp8Cache) {
       uint32_t r[4];
-      ptx::ldmatrix_x4(r, KRows::skip(k_at, 2 * step));
+      ptx::ldmatrix_x4(r, KRows::skip(k, 2 * step) + tile);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         ptx::widen_fp8x4<Kv>(r[2 * i], a[i][0], a[i][2]);
         ptx::widen_fp8x4<Kv>(r[2 * i + 1], a[i][1], a[i][3]);
       }
     } else {
-      ptx::ldmatrix_x4(a[0], KRows::skip(k_at, 4 * step));
-      ptx::ldmatrix_x4(a[1], KRows::skip(k_at, 4 * step + 2));
+      ptx::ldmatrix_x4(a[0], KRows::skip(k, 4 * step) + tile);
+      ptx::ldmatrix_x4(a[1], KRows::skip(k, 4 * step + 2) + tile);
     }
   }
 
-  __device__ __forceinline__ static void load_values(uint32_t v_at, int load,
+  __device__ __forceinline__ static void load_values(uint32_t v, int t, int load,
                                                      uint32_t (&a)[kPerLoad][4]) {
+    const int tile = t * kTileTokens * VRows::kRowBytes;
     if constexpr (Traits::kIsFp8Cache) {
       uint32_t r[4];
-      ptx::ldmatrix_x4_transposed(r, VRows::skip(v_at, 2 * load));
+      ptx::ldmatrix_x4_transposed(r, VRows::skip(v, 2 * load) + tile);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // A word has two columns of one token, then of the next: pair tokens instead.
@@ -160,7 +179,7 @@ struct FewRowsProducts {
         ptx::widen_fp8x4<Kv>(ptx::permute_bytes(r[i + 2], 0, 0x3120), a[i][2], a[i][3]);
       }
     } else {
-      ptx::ldmatrix_x4_transposed(a[0], VRows::skip(v_at, 2 * load));
+      ptx::ldmatrix_x4_transposed(a[0], VRows::skip(v, 2 * load) + tile);
     }
   }
 };

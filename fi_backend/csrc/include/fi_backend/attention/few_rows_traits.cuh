@@ -63,11 +63,20 @@ struct FewRowsTraits {
   using QRows = SwizzledRows<kQk * 2>;
   using KRows = SwizzledRows<kQk* int(sizeof(Kv))>;
   using VRows = SwizzledRows<kVo* int(sizeof(Kv))>;
+  // Rows of a stage that is as large as one of wider heads are twice as many.
+  static constexpr bool kIsNarrow = kQk <= 64 && kVo <= 64;
   // A stage of a ring is one tile or more of K, or of V, for each of kTokenWarps. It has room for
   // what they have accumulated of a block of rows.
-  static constexpr int kTilesPerWarp = 2 / int(sizeof(Kv));
+  static constexpr int kTilesPerWarp = kIsNarrow ? 2 : 2 / int(sizeof(Kv));
+  // Tiles of a warp, one after the other in a stage, that are computed side by side: they wait for
+  // memory and for the tensor cores at the same time, and share all that is not arithmetic.
+  static constexpr int kTilesAtOnce = kIsNarrow ? 2 : 1;
+  static constexpr int kTokensAtOnce = kTilesAtOnce * kTileTokens;
+  static_assert(kTilesPerWarp % kTilesAtOnce == 0);
+  // Whether there are registers for where a lane reads K and V.
+  static constexpr bool kKeepsPlaces = kIsNarrow;
   static constexpr int kStageTokens = kTilesPerWarp * kTokenWarps * kTileTokens;
-  static constexpr int kStageBytes = 2 * kTokenWarps * kTileTokens * (kQk > kVo ? kQk : kVo);
+  static constexpr int kStageBytes = kStageTokens * int(sizeof(Kv)) * (kQk > kVo ? kQk : kVo);
   static_assert(kStageBytes >= kTokenWarps * kRowBlock * kVo * int(sizeof(float)));
   static constexpr int kCopiedTokens = kStageTokens / kRingWarps;  // of a stage, by each warp
   // Of both rings; at least three each, one of which may be where warps bring rows together.
@@ -139,7 +148,7 @@ struct alignas(128) FewRowsShared {
   FewRowsUnit units[Traits::kUnitSlots];
   LogitRow rows[2][Traits::kUnitRows];          // of a unit and the next, in turn
   SoftmaxState states[kTokenWarps][kRowBlock];  // of a block
-  uint64_t copied_rows[Traits::kCopyWarps][Traits::kCopiedTokens];  // addresses
+  alignas(16) uint64_t copied_rows[Traits::kCopyWarps][Traits::kCopiedTokens];  // addresses
   SlotBarriers unit_barriers[Traits::kUnitSlots];
   SlotBarriers stage_barriers[2][ring_slots(kFewRowsMaxStages, kKeys)];
   WorkGeometry geometry;
@@ -161,9 +170,9 @@ struct RingPlace {
 
 // Where a stage begins, from the first stage of K on.
 template <class Traits>
-__device__ __forceinline__ uint32_t stage_offset(int num_stages, RingSide side,
+__device__ __forceinline__ uint32_t stage_offset(const int32_t (&ring_slots)[2], RingSide side,
                                                  const RingPlace& place) {
-  const uint32_t first = side == kValues ? ring_slots(num_stages, kKeys) : 0;
+  const uint32_t first = side == kValues ? ring_slots[kKeys] : 0;
   return (first + place.slot) * Traits::kStageBytes;
 }
 

@@ -71,8 +71,8 @@ __device__ __forceinline__ void leave_few_rows(const FewRowsParams& p, uint8_t* 
         ptx::mbarrier_invalidate(ptx::shared_address(&slots[i].empty));
       }
     };
-    invalidate(shared.stage_barriers[kKeys], ring_slots(p.num_stages, kKeys));
-    invalidate(shared.stage_barriers[kValues], ring_slots(p.num_stages, kValues));
+    invalidate(shared.stage_barriers[kKeys], p.ring_slots[kKeys]);
+    invalidate(shared.stage_barriers[kValues], p.ring_slots[kValues]);
     invalidate(shared.unit_barriers, Few::kUnitSlots);
   }
   __syncthreads();

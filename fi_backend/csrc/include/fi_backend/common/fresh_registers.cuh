@@ -5,6 +5,8 @@
 
 #include <fi_backend/common/macros.h>
 
+#include <fi_backend/common/reduce.cuh>
+
 namespace fi {
 
 __device__ __forceinline__ int fresh_thread() {
@@ -24,6 +26,12 @@ __device__ __forceinline__ uint32_t fresh_num_blocks() {
   uint32_t num_blocks;
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(num_blocks));
   return num_blocks;
+}
+
+// The opposite: `x` stays in a register, where the assembler would compute it anew for each use.
+// All lanes of a warp call this; it costs a shuffle.
+__device__ __forceinline__ uint32_t keep_in_register(uint32_t x) {
+  return __shfl_sync(kFullWarp, x, threadIdx.x % kWarpSize);
 }
 
 }  // namespace fi

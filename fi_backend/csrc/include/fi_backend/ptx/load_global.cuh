@@ -17,6 +17,21 @@ __device__ __forceinline__ uint4 load_global_once(const uint4* address) {
   return v;
 }
 
+// Load into `value` where `wanted`; else it stays. Left to the compiler, what else would write the
+// register may wait for the load.
+__device__ __forceinline__ void load_global_if(bool wanted, const int32_t* address,
+                                               int32_t& value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %2, 0;\n"
+      "@p ld.global.s32 %0, [%1];\n"
+      "}\n"
+      : "+r"(value)
+      : "l"(address), "r"(int(wanted))
+      : "memory");
+}
+
 // Bring the line of an address into L2.
 __device__ __forceinline__ void prefetch_to_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
