@@ -108,18 +108,17 @@ class FewRowsCopies {
     load_page_ids(pages, begin, end);
     if (copies_units()) copy_queries(g, units);
     const int head = units.piece().kv_head;
-    const Kv* k_head = static_cast<const Kv*>(a_.k_cache) + head * a_.k_strides.head;
-    const Kv* v_head = static_cast<const Kv*>(a_.v_cache) + head * a_.v_strides.head;
     int32_t token = begin;
     do {
       const TokenPlaces places = places_;
       load_page_ids(pages, token + Traits::kStageTokens, end);
       if (copies_keys() && token < end) {
-        copy_stage<typename Traits::KRows>(keys_, kKeys, k_head, p_.k_strides, places, end - token);
+        copy_stage<typename Traits::KRows>(keys_, kKeys, a_.k_cache, p_.k_strides, head, places,
+                                           end - token);
       }
       if (copies_units() && token == begin) publish(units);
       if (copies_values() && token < end) {
-        copy_stage<typename Traits::VRows>(values_, kValues, v_head, p_.v_strides, places,
+        copy_stage<typename Traits::VRows>(values_, kValues, a_.v_cache, p_.v_strides, head, places,
                                            end - token);
       }
       token += Traits::kStageTokens;
@@ -199,17 +198,18 @@ class FewRowsCopies {
 
   // Copy this warp's share of `count` or all tokens of a stage, which may be none.
   template <class Rows>
-  __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const Kv* head,
-                                             const ChunkStrides& strides, const TokenPlaces& places,
-                                             int32_t count) {
+  __device__ __forceinline__ void copy_stage(RingPlace& place, RingSide side, const void* cache,
+                                             const ChunkStrides& strides, uint32_t head,
+                                             const TokenPlaces& places, int32_t count) {
     constexpr int kBlock = kWarpSize % Rows::kChunks == 0 ? kWarpSize : kTileTokens;
     static_assert(kBlock % Traits::kTokensAtOnce == 0, "what a warp reads at once is all copied");
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const uint64_t chunk = uint64_t{uint32_t(places.page_id[g])} * strides.page +
+      const uint64_t chunk = uint64_t{head} * strides.head +
+                             uint64_t{uint32_t(places.page_id[g])} * strides.page +
                              uint64_t{uint32_t(places.offset[g])} * strides.token;
       set_row<Rows, kBlock>(g * kWarpSize + lane(),
-                            reinterpret_cast<uint64_t>(head) + chunk * kChunkBytes);
+                            reinterpret_cast<uint64_t>(cache) + chunk * kChunkBytes);
     }
     count = min(count - first_token(), Traits::kCopiedTokens);
     copy_rows<Rows, kBlock>(begin_stage(place, side) + first_token() * Rows::kRowBytes, count);
@@ -222,8 +222,9 @@ class FewRowsCopies {
     static constexpr int kCount = kBlock * Rows::kChunks / kWarpSize;
     static constexpr int kStep = kWarpSize / Rows::kChunks;  // rows from one to the next
     static constexpr bool kAreOfWholeRows = kStep * Rows::kChunks == kWarpSize;
-    // Two addresses are one load: those of a lane stand side by side.
-    static constexpr bool kLoadsPairs = kAreOfWholeRows && kCount % 2 == 0;
+    // Two addresses are one load: those of a lane stand side by side. Not of more than 8 copies:
+    // groups of four registers are harder to find than pairs.
+    static constexpr bool kLoadsPairs = kAreOfWholeRows && kCount % 2 == 0 && kCount <= 8;
     // Addresses are loaded so many at a time: a copy after each load would wait for it.
     static constexpr int kInFlight = kAreOfWholeRows || kCount < 4 ? kCount : 4;
 
@@ -270,7 +271,8 @@ class FewRowsCopies {
             from[i] = pair.x;
             from[i + 1] = pair.y;
           } else {
-            from[i] = rows[row_of(first + i)];
+            from[i] =
+                rows[Shape::kAreOfWholeRows ? row_of(0) + i * Shape::kStep : row_of(first + i)];
           }
         }
 #pragma unroll

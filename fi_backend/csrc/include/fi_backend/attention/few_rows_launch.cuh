@@ -43,7 +43,8 @@ cudaError_t set_up_few_rows(int device, FewRowsSetup& setup) {
 template <class Kv>
 ChunkStrides chunk_strides(const KvStrides& strides) {
   constexpr int kElements = kChunkBytes / int(sizeof(Kv));
-  return {uint32_t(strides.page / kElements), uint32_t(strides.token / kElements)};
+  return {uint32_t(strides.page / kElements), uint32_t(strides.token / kElements),
+          uint32_t(strides.head / kElements)};
 }
 
 template <class Traits>

@@ -13,6 +13,7 @@ namespace fi {
 struct ChunkStrides {
   uint32_t page;
   uint32_t token;
+  uint32_t head;
 };
 
 struct FewRowsParams {
