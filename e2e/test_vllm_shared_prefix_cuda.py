@@ -2,11 +2,13 @@
 
 Most requests begin with one of two system prompts of thousands of tokens, which are in the cache;
 decode steps and mixed steps then attend to each of these once. Where tokens differ, logits must be
-nearly tied, as in e2e/test_vllm_cuda.py.
+nearly tied, as in e2e/test_vllm_cuda.py: within 2 bf16 ulp, or within what engines that share
+nothing, ours and two of vLLM's, differ by among themselves on the same requests.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,9 +112,10 @@ def gaps(result: Callable[[str], Result], want: str, got: str) -> list[float]:
 def test_tokens_are_those_of_the_switch_off_up_to_near_ties(
     name: str, result: Callable[[str], Result]
 ) -> None:
-    between_stock = max(gaps(result, "stock", "triton"), default=0.0)
-    assert between_stock <= LARGEST_TIE
-    assert max(gaps(result, "off", name), default=0.0) <= max(NEAR_TIE, between_stock)
+    pairs = itertools.permutations(("off", "stock", "triton"), 2)
+    between_others = max(max(gaps(result, *pair), default=0.0) for pair in pairs)
+    assert between_others <= LARGEST_TIE
+    assert max(gaps(result, "off", name), default=0.0) <= max(NEAR_TIE, between_others)
     want, got = (result(which)["batches"][-1]["tokens"] for which in ("off", name))
     differences = first_differences(want, got)
     print(f"{len(differences)} of {len(want)} texts differ")

@@ -28,6 +28,18 @@ inline void check_row_alignment(const char* name, const TensorView& tensor, int6
   }
 }
 
+// Strides of a cache are below 64 GB: kernels count them in accesses, in 32 bits.
+inline void check_strides_count(const char* name, const TensorView& tensor) {
+  const int64_t limit = (kRowAlignment << 32) / (tensor.dtype().bits / 8);
+  for (int32_t i = 0; i + 1 < tensor.ndim(); ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) >= limit) {
+      TVM_FFI_THROW(ValueError) << name << ": strides must be below " << limit << " elements, got "
+                                << shape_text(tensor.strides().data(), tensor.strides().size())
+                                << "; allocate K and V of a page nearer to each other";
+    }
+  }
+}
+
 // What a kernel is launched with besides its params.
 struct AttentionLaunch {
   int32_t num_reqs;
@@ -73,6 +85,8 @@ void run_with_members(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   const char* for_caches = "allocate the cache so: a copy would miss what is appended later";
   check_row_alignment("k_cache", k_cache, kRowAlignment, for_caches);
   check_row_alignment("v_cache", v_cache, kRowAlignment, for_caches);
+  check_strides_count("k_cache", k_cache);
+  check_strides_count("v_cache", v_cache);
   check_row_alignment("out", out, 4 * (out.dtype().bits / 8));
   check_row_alignment("partials", partials, kRowAlignment);
   check_row_alignment("plan_buffer", plan_buffer, kPlanAlignment);
