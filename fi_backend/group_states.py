@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from fi_backend.batch import PagedBatch
 from fi_backend.kernels import attention as attention_kernels
 from fi_backend.kernels import device_plan, host_plan
 from fi_backend.spec import AttentionSpec, Geometry
@@ -42,11 +43,34 @@ def plan_ints(num_groups: int, num_workers: int, device: torch.device) -> int:
     return planner.plan_buffer_ints(max_reqs=num_groups, num_workers=num_workers)
 
 
+class Groups(Protocol):
+    """The batch that groups make; int32 tensors."""
+
+    @property
+    def group_indptr(self) -> torch.Tensor:
+        """[num_groups + 1], first row of each group."""
+
+    @property
+    def group_lens(self) -> torch.Tensor:
+        """[num_groups], keys of each."""
+
+    @property
+    def group_tables(self) -> torch.Tensor:
+        """[num_groups + 1], place of its first page in the list of pages."""
+
+    @property
+    def q_rows(self) -> torch.Tensor:
+        """[*], row of q of each row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupStates:
     """The plan of a batch of groups, and the states that its runs leave.
 
     Attributes:
+        batch: the step.
+        pages: int32 [*], page ids of groups, in one list.
+        groups: the batch that they make.
         group_plan: int32, the plan.
         partials: float32 workspace of the attention kernels.
         prior_out: float32 [max_states, num_qo_heads, head_dim_vo], states of groups' rows.
@@ -55,6 +79,9 @@ class GroupStates:
         kernels: what computes those.
     """
 
+    batch: PagedBatch
+    pages: torch.Tensor
+    groups: Groups
     group_plan: torch.Tensor
     partials: torch.Tensor
     prior_out: torch.Tensor
@@ -100,7 +127,51 @@ class GroupStates:
             kernels=attention_kernels.load_groups(device_type=device.type, **spec.kernel_types),
         )
 
-    def run_groups(
+    @property
+    def own_keys(self) -> dict[str, torch.Tensor]:
+        """What runs over each request's own keys take instead of the step's, and besides."""
+        raise NotImplementedError
+
+    def plan_on_host(self, geometry: Geometry, plan_buffer: torch.Tensor, num_workers: int) -> None:
+        """Plan the step without what groups have, and the batch of groups.
+
+        Args:
+            geometry: of the layers.
+            plan_buffer: the step's plan; written.
+            num_workers: workers of both plans.
+        """
+        common: dict[str, Any] = dict(
+            num_qo_heads=geometry.num_qo_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim_qk=geometry.head_dim_qk,
+            head_dim_vo=geometry.head_dim_vo,
+            q_dtype=geometry.q_dtype,
+            kv_dtype=geometry.kv_dtype,
+            num_workers=num_workers,
+            split=0,
+        )
+        host_plan.host_plan(
+            plan_buffer=plan_buffer,
+            qo_indptr=self.batch.qo_indptr,
+            kv_lens=self.own_keys["kv_lens"],
+            first_pages=self.own_keys.get("first_pages"),
+            causal=geometry.causal,
+            window_left=geometry.window_left,
+            many_rows_only=False,
+            **common,
+        )
+        host_plan.host_plan(
+            plan_buffer=self.group_plan,
+            qo_indptr=self.groups.group_indptr,
+            kv_lens=self.groups.group_lens,
+            causal=False,
+            window_left=-1,
+            many_rows_only=True,
+            kept_states=-1,
+            **common,
+        )
+
+    def run(
         self,
         launch: Callable[..., None] | None,
         *,
@@ -109,13 +180,8 @@ class GroupStates:
         kv_cache: tuple[torch.Tensor, torch.Tensor],
         k_scale: float | torch.Tensor,
         num_workers: int,
-        group_indptr: torch.Tensor,
-        group_lens: torch.Tensor,
-        group_tables: torch.Tensor,
-        pages: torch.Tensor,
-        q_rows: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Compute the states; return what the run over own keys needs of them.
+        """Compute the states of groups' rows; return what the run over own keys needs of them.
 
         Args:
             launch: stands in for the kernels' run().
@@ -124,12 +190,8 @@ class GroupStates:
             kv_cache: as there.
             k_scale: as there.
             num_workers: as planned.
-            group_indptr: int32 [num_groups + 1], first row of each group.
-            group_lens: int32 [num_groups], keys of each.
-            group_tables: int32 [num_groups + 1], place of its first page in `pages`.
-            pages: int32 [*], page ids.
-            q_rows: int32 [*], row of q of each row.
         """
+        groups = self.groups
         (launch or self.kernels.run)(
             plan_buffer=self.group_plan,
             partials=self.partials,
@@ -138,10 +200,10 @@ class GroupStates:
             v_cache=kv_cache[1],
             out=self.prior_out,
             lse=self.prior_lse,
-            qo_indptr=group_indptr,
-            kv_lens=group_lens,
-            page_indptr=group_tables,
-            page_indices=pages,
+            qo_indptr=groups.group_indptr,
+            kv_lens=groups.group_lens,
+            page_indptr=groups.group_tables,
+            page_indices=self.pages,
             block_table=None,
             request_rows=None,
             max_qo_len=None,
@@ -149,7 +211,7 @@ class GroupStates:
             sinks=None,
             custom_mask=None,
             mask_indptr=None,
-            q_rows=q_rows,
+            q_rows=groups.q_rows,
             k_scale=k_scale,
             v_scale=1.0,
             sm_scale=spec.sm_scale,
@@ -161,6 +223,7 @@ class GroupStates:
             num_workers=num_workers,
             members=(),
         )
-        return dict(
+        prior = dict(
             prior_out=self.prior_out, prior_lse=self.prior_lse, prior_parts=self.prior_parts
         )
+        return prior | self.own_keys

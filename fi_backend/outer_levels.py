@@ -6,7 +6,6 @@ merge them with each row's own keys, as those of pages that a plan finds to be s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ import torch
 
 from fi_backend.batch import PagedBatch
 from fi_backend.group_states import GroupStates, max_states, state_floats
-from fi_backend.kernels import host_plan
 from fi_backend.kernels.outer_levels import (
     LevelGroups,
     LevelTable,
@@ -92,16 +90,12 @@ class OuterStates(GroupStates):
     """The batch that a step's outer levels make, and its states.
 
     Attributes:
-        batch: the step.
-        outer: its levels.
-        pages: int32 [*], page ids of all levels.
+        outer: the step's levels.
         groups: the batch.
         first_rows: int32 [num_requests], each request's first row among those of a level.
     """
 
-    batch: PagedBatch
     outer: OuterLevels
-    pages: torch.Tensor
     groups: LevelGroups
     first_rows: torch.Tensor
     is_active: ClassVar[bool] = True
@@ -185,60 +179,12 @@ class OuterStates(GroupStates):
             )
             return
         write_outer_levels(groups, **step)
-        common |= dict(window_left=-1, split=0)
-        host_plan.host_plan(
-            plan_buffer=plan_buffer,
-            qo_indptr=batch.qo_indptr,
-            kv_lens=batch.kv_lens,
-            causal=geometry.causal,
-            many_rows_only=False,
-            **common,
-        )
-        host_plan.host_plan(
-            plan_buffer=self.group_plan,
-            qo_indptr=groups.group_indptr,
-            kv_lens=groups.group_lens,
-            causal=False,
-            many_rows_only=True,
-            kept_states=-1,
-            **common,
-        )
+        self.plan_on_host(geometry, plan_buffer, num_workers)
 
-    def run(
-        self,
-        launch: Callable[..., None] | None,
-        *,
-        spec: AttentionSpec,
-        q: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
-        k_scale: float | torch.Tensor,
-        num_workers: int,
-    ) -> dict[str, torch.Tensor]:
-        """Compute the states of all rows; return what the run over own keys needs of them.
-
-        Args:
-            launch: stands in for the kernels' run().
-            spec: the layer.
-            q: as PagedAttention.run() has it, as all below.
-            kv_cache: as there.
-            k_scale: as there.
-            num_workers: as planned.
-        """
-        groups = self.groups
-        prior = self.run_groups(
-            launch,
-            spec=spec,
-            q=q,
-            kv_cache=kv_cache,
-            k_scale=k_scale,
-            num_workers=num_workers,
-            group_indptr=groups.group_indptr,
-            group_lens=groups.group_lens,
-            group_tables=groups.group_tables,
-            pages=self.pages,
-            q_rows=groups.q_rows,
-        )
-        return prior | dict(kv_lens=self.batch.kv_lens, first_rows=self.first_rows)
+    @property
+    def own_keys(self) -> dict[str, torch.Tensor]:
+        """See GroupStates."""
+        return dict(kv_lens=self.batch.kv_lens, first_rows=self.first_rows)
 
 
 def _pages_of(level: PagedBatch) -> torch.Tensor:

@@ -6,7 +6,6 @@ that its requests share, as a batch of its own, and put them before each row's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 from fi_backend.batch import PagedBatch
 from fi_backend.group_states import GroupStates, max_states, plan_ints, state_floats
-from fi_backend.kernels import host_plan
 from fi_backend.kernels.shared_prefix import (
     Groups,
     find_shared_prefixes,
@@ -82,16 +80,12 @@ class SharedPrefixes(GroupStates):
     """What requests of a step share, as its plan found it.
 
     Attributes:
-        batch: the step.
         is_active: whether the step is looked at.
-        pages: int32 [*], page ids of all requests, in one list.
         groups: what the search writes.
         capacity: as `groups`, for the largest step.
     """
 
-    batch: PagedBatch
     is_active: bool
-    pages: torch.Tensor
     groups: Groups
     capacity: Groups
 
@@ -183,63 +177,13 @@ class SharedPrefixes(GroupStates):
             )
             return
         find_shared_prefixes(groups, **search)
-        common: dict[str, Any] = heads | types | dict(num_workers=num_workers, split=0)
-        host_plan.host_plan(
-            plan_buffer=plan_buffer,
-            qo_indptr=batch.qo_indptr,
-            kv_lens=groups.own_lens,
-            first_pages=groups.first_pages,
-            causal=geometry.causal,
-            window_left=geometry.window_left,
-            many_rows_only=False,
-            **common,
-        )
-        host_plan.host_plan(
-            plan_buffer=self.group_plan,
-            qo_indptr=groups.group_indptr,
-            kv_lens=groups.group_lens,
-            causal=False,
-            window_left=-1,
-            many_rows_only=True,
-            kept_states=-1,
-            **common,
-        )
+        self.plan_on_host(geometry, plan_buffer, num_workers)
 
-    def run(
-        self,
-        launch: Callable[..., None] | None,
-        *,
-        spec: AttentionSpec,
-        q: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
-        k_scale: float | torch.Tensor,
-        num_workers: int,
-    ) -> dict[str, torch.Tensor]:
-        """Compute the states of groups' rows; return what the run over own keys needs of them.
-
-        Args:
-            launch: stands in for the kernels' run().
-            spec: the layer.
-            q: as PagedAttention.run() has it, as all below.
-            kv_cache: as there.
-            k_scale: as there.
-            num_workers: as planned.
-        """
+    @property
+    def own_keys(self) -> dict[str, torch.Tensor]:
+        """See GroupStates."""
         groups = self.groups
-        prior = self.run_groups(
-            launch,
-            spec=spec,
-            q=q,
-            kv_cache=kv_cache,
-            k_scale=k_scale,
-            num_workers=num_workers,
-            group_indptr=groups.group_indptr,
-            group_lens=groups.group_lens,
-            group_tables=groups.group_tables,
-            pages=self.pages,
-            q_rows=groups.q_rows,
-        )
-        return prior | dict(
+        return dict(
             kv_lens=groups.own_lens,
             first_pages=groups.first_pages,
             first_rows=groups.first_rows,
