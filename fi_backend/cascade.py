@@ -197,7 +197,7 @@ class MultiLevelCascadeAttentionWrapper:
             steps.append(
                 level._check_arguments(of_level, qo_indptr_arr[i], table, heads, page_size)
             )
-        most_rows = self._rows_behind_outer(steps[-1])
+        most_rows = self._rows_behind_outer(*steps)
         if most_rows is None:
             for level, step in zip(self._levels, steps, strict=True):
                 level._plan_step(step)
@@ -207,18 +207,21 @@ class MultiLevelCascadeAttentionWrapper:
 
     begin_forward = plan
 
-    def _rows_behind_outer(self, step: PrefillStep) -> int | None:
+    def _rows_behind_outer(self, *steps: PrefillStep) -> int | None:
         """Most rows that requests of the last level may have behind outer ones.
 
-        None if this step's have more, or nobody knows, or there are too many levels.
+        None if this step's have more, or nobody knows, or there are no outer levels, or too many.
         """
         is_fixed = self._use_cuda_graph and self._has_outer is not None
         num_outer = len(self._levels) - 1
         if (is_fixed and not self._has_outer) or not 0 < num_outer <= MAX_OUTER_LEVELS:
             return None
+        *outer, step = steps
         qo_indptr = step.metadata["qo_indptr"]
-        if not is_fixed and (not qo_indptr.is_cpu or int(qo_indptr[-1]) == 0):
-            return None
+        if not is_fixed:
+            has_groups = any(level.metadata["qo_indptr"].shape[0] > 1 for level in outer)
+            if not has_groups or not qo_indptr.is_cpu or int(qo_indptr[-1]) == 0:
+                return None
         most_rows = max_prior_rows(step.spec, self._levels[-1]._device)
         longest = int(qo_indptr.diff().max()) if qo_indptr.is_cpu else None
         if longest is not None and longest <= most_rows:

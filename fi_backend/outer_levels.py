@@ -65,6 +65,8 @@ class OuterLevels:
                 "outer must be None where logits depend on positions (ALiBi, masks, windows, rope, "
                 "variants) and with batch_invariant"
             )
+        if not any(self.num_groups):
+            raise ValueError("outer.levels must have a request, which all rows are in; got none")
         for level in self.levels:
             level.validate(spec.page_size)
             if level.device != batch.device or level.page_indices is None:
@@ -204,5 +206,6 @@ def _page_list(outer: OuterLevels, old: torch.Tensor | None) -> torch.Tensor:
     if len(pages) == 1:
         return pages[0]
     if old is not None and old.shape[0] == sum(ids.shape[0] for ids in pages):
-        return torch.cat(pages, out=old)
+        with torch.inference_mode():  # in which the earlier one may have been made
+            return torch.cat(pages, out=old)
     return torch.cat(pages)

@@ -176,6 +176,8 @@ def plan(
     device = batch.device
     workers = default_workers(device) if num_workers is None else num_workers
     geometry = spec.geometry
+    if outer is not None:
+        share_prefixes = False
     repeats = (
         into is not None
         and into.geometry is geometry
@@ -195,7 +197,6 @@ def plan(
         if share_prefixes is None:
             share_prefixes = device.type == "cuda" and geometry.shares_prefixes
         looks_for_shares = share_prefixes and geometry.may_share and split_tokens == 0
-        looks_for_shares = looks_for_shares and outer is None
     batch.validate(spec.page_size)
     on_host = batch.qo_indptr.is_cpu
     num_tokens = _check_values(batch, spec.page_size) if on_host else None

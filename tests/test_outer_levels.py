@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given
 from outer_level_step import Level, LevelCase, LevelStep, level_steps
 from sync_debug import nothing_waits
-from wrapper_cases import assert_out, assert_state, random_examples, workspace
+from wrapper_cases import assert_out, assert_state, offsets, random_examples, workspace
 
 import fi_backend as fi
 from fi_backend.outer_levels import OuterLevels, OuterStates
@@ -157,6 +157,28 @@ def test_a_wrapper_changes_with_its_steps() -> None:
         assert_out(wrapper.run(case.q, case.cache), case.expected(causal=True)[0])
 
 
+@pytest.mark.usefixtures("device")
+def test_a_wrapper_leaves_inference_mode() -> None:
+    case, wrapper = LevelCase(DECODE), cascade(3)
+    with torch.inference_mode():
+        case.plan(wrapper)
+        first = wrapper.run(case.q, case.cache).clone()
+    case.plan(wrapper)
+    assert wrapper._has_outer
+    assert torch.equal(wrapper.run(case.q, case.cache), first)
+
+
+def test_a_step_that_is_planned_again_keeps_its_memory(device: str) -> None:
+    case, space = LevelCase(DECODE), fi.Workspace(device)
+    *outer, batch = case.batches()
+    options: dict[str, Any] = dict(outer=OuterLevels(tuple(outer), 9), share_prefixes=True)
+    first = fi.plan(spec_of(case), batch, space, **options)
+    again = fi.plan(spec_of(case), batch, space, into=first, **options)
+    assert first.shares is not None
+    assert again.shares is not None
+    assert again.shares.group_plan is first.shares.group_plan
+
+
 def test_a_layer_that_is_not_served_has_no_rows_behind_levels(device: str) -> None:
     spec = replace(spec_of(LevelCase(DECODE)), head_dim_qk=1000)
     assert max_prior_rows(spec, device) == 0
@@ -274,6 +296,10 @@ def test_a_plan_with_levels_refuses(device: str) -> None:
         fi.plan(spec, batch, space, outer=levels, split_tokens=64)
     with pytest.raises(ValueError, match="outer must be None where logits depend on positions"):
         fi.plan(replace(spec, window_left=9), batch, space, outer=levels)
+    none = offsets(())
+    empty = replace(outer[0], qo_indptr=none, kv_lens=none[:0], page_indptr=none)
+    with pytest.raises(ValueError, match="levels must have a request"):
+        fi.plan(spec, batch, space, outer=OuterLevels((empty, empty), 9))
     with pytest.raises(ValueError, match="levels must be 1 to 2 batches; got 0"):
         fi.plan(spec, batch, space, outer=OuterLevels((), 9))
     if device == "cuda":

@@ -90,8 +90,8 @@ cudaError_t launch_units(const AttentionParams& params, const FewRowsLaunch& l,
 template <class Q, class Kv, class Out, int kQk, int kVo, class Variant = NoVariant>
 struct FewRowsInstances {
   static constexpr int kAllBlocks = cuda_few_rows_limit(kQk, kVo) / kRowBlock;
-  // Stages of narrow heads are small: a third group that waits for each costs more than it
-  // computes.
+  // Stages of narrow heads have little to compute for each of the groups that wait for them: a
+  // third one cost more than it computed, when they were half as large.
   static constexpr int kRowGroups = kQk <= 64 && kVo <= 64 ? 2 : kMaxRowGroups;
   static constexpr int kSomeBlocks = kAllBlocks < kRowGroups ? kAllBlocks : kRowGroups;
   using OneBlock = FewRowsTraits<Q, Kv, Out, kQk, kVo, 1, Variant>;
