@@ -23,8 +23,9 @@ def plan_parts(
     num_kv_heads: int = 8,
     target: Literal["cuda", "sm_90"] = "sm_90",
     second_len: int | None = None,
+    head_dim: int = 128,
 ) -> GroupPlan:
-    """Plan groups of 32/8 heads.
+    """Plan groups, four query heads to a kv head.
 
     A second level, of twice as many places, has no groups but those given.
     """
@@ -37,7 +38,7 @@ def plan_parts(
         torch.tensor(kv_lens, dtype=torch.int32),
         num_qo_heads=4 * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=128,
+        head_dim=head_dim,
         num_workers=num_workers,
         kept_states=states,
         target=target,
@@ -101,3 +102,25 @@ def test_a_row_has_as_many_states_of_each_level(second_len: int) -> None:
         assert num_states == 2 * int(cuts[:, 2].max())
         assert num_states * 128 <= states
         assert has_work == (CUT if states > 256 else WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "head_dim", "tile_rows"),
+    [(1, 256, 64, 192), (1, 128, 64, 192), (1, 100, 64, 192), (3, 40, 128, 128), (2, 9, 128, 128)],
+)
+def test_tiles_that_are_not_full_are_shared_like_full_ones(
+    groups: int, rows: int, head_dim: int, tile_rows: int
+) -> None:
+    """Tiles take a GPU equally long, so nobody has many more keys to go through than others."""
+    length, num_heads = 12000, 8
+    _, _, starts, _ = plan_parts(
+        [rows] * groups, [length] * groups, states=16 * groups * rows, head_dim=head_dim
+    )
+    tiles = -(-4 * rows // tile_rows)
+    request, head, tile, token = starts.long().unbind(1)
+    end = groups * num_heads * tiles * length
+    begins = ((request * num_heads + head) * tiles + tile) * length + token
+    keys = begins.clamp(max=end).diff()
+    busy = keys[keys > 0]
+    assert keys.sum() == end
+    assert busy.max() <= 1.05 * busy.double().mean() + 64  # pieces are multiples of 64

@@ -50,7 +50,10 @@ class Sm90Units {
   // What a group needs to know, beside that which copies wait for.
   __device__ __forceinline__ void describe_group(Sm90Unit& unit, int group) const {
     const int row = unit.first_row + group * kGroupRows;
-    const KvRange all = rows_range(p_, memory_.geometry(), unit.item, row, kGroupRows).all;
+    KvRange all = rows_range(p_, memory_.geometry(), unit.item, row, kGroupRows).all;
+    // Nobody writes what a group without rows computes, but all wait for it: no masks.
+    const bool has_rows = row < unit.item.piece.num_rows;
+    if (!kHasScores<typename Traits::Variant> && !has_rows) all = {0, INT32_MAX};
     unit.unmasked[group] = all;
     unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
   }

@@ -20,9 +20,7 @@ FI_HOST_DEVICE int32_t kept_part_workers(const WorkGeometry& g, const ItemsLoad&
   if (most < 2) return 0;
   // Shares so large that no more than most - 1 of them begin inside of an item.
   const int64_t smallest = divide_index(load.longest - 1, most - 1).quot + 1;
-  const int64_t rows = ceil_div64(num_rows * g.group_size * g.num_kv_heads, load.num_items);
-  const int64_t worth =
-      kKeptPartTokens / kCostTokens * unit_cost(static_cast<int32_t>(min64(rows, g.tile_rows)));
+  const int64_t worth = kKeptPartTokens / kCostTokens * unit_cost(g.tile_rows);
   const int64_t count = divide_index(load.cost, max64(smallest, worth)).quot;
   const int64_t active = max64(1, min64(workers, count));
   // As many for each item, if that leaves few without work: then nobody has parts of two items.

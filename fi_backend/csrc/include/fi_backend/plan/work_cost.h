@@ -14,6 +14,12 @@ FI_HOST_DEVICE int32_t unit_cost(int32_t num_rows) {
   return (num_rows + kCostRows - 1) / kCostRows + 1;
 }
 
+// The same of a query tile. A GPU computes all rows of a tile, whether there are so many or not.
+FI_HOST_DEVICE int32_t tile_unit_cost(const WorkGeometry& g, int line, int32_t num_rows) {
+  const bool is_in_full = line == kManyRows && g.teams_per_sm > 0;
+  return unit_cost(is_in_full ? g.tile_rows : num_rows);
+}
+
 // Cost of a single item: a few-row request's, or the last and shorter tile of a many-row request.
 FI_HOST_DEVICE int64_t item_cost(const WorkGeometry& g, int line, int32_t qo_len, int32_t kv_len,
                                  int32_t q_tile) {
@@ -24,7 +30,7 @@ FI_HOST_DEVICE int64_t item_cost(const WorkGeometry& g, int line, int32_t qo_len
   const int32_t height = line == kFewRows ? qo_len : rows / g.group_size;
   const int32_t triangle = !g.causal ? 0 : (height < num_tokens ? height : num_tokens) / 2;
   const uint32_t units = (uint32_t(num_tokens - triangle) + kCostTokens - 1) / kCostTokens;
-  return g.item_overhead + int64_t{units} * unit_cost(rows);
+  return g.item_overhead + int64_t{units} * tile_unit_cost(g, line, rows);
 }
 
 // One end of the key range of a request's full tiles, which moves by the same number of keys from

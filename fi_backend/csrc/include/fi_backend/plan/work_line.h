@@ -168,7 +168,8 @@ FI_HOST_DEVICE LinePosition locate(const WorkGeometry& g, int line, int32_t requ
   }
   const int64_t in_item = in_head.rem - head.before(at.q_tile);
   const KvRange tokens = item_tokens(g, line, lens.qo_len, lens.kv_len, at.q_tile);
-  const int64_t rows_cost = unit_cost(num_tile_rows(g, line, lens.qo_len, at.q_tile));
+  const int32_t rows = num_tile_rows(g, line, lens.qo_len, at.q_tile);
+  const int64_t rows_cost = tile_unit_cost(g, line, rows);
   const int64_t wish =
       divide_index(max64(0, in_item - g.item_overhead) * kCostTokens, rows_cost).quot;
   return cut_item(g, line, head.num_tiles, tokens.end - tokens.begin, wish, at);
