@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_fp8_caches_have_scales(name: str, dtype: str, vllm: Load) -> None:
     step.keys = [rounded(rows, 2.0) for rows in step.keys]
     step.values = [rounded(rows, 0.25) for rows in step.values]
     layer = type("Layer", (), scales)()
+    impl = make_impl(kv_cache_dtype=name)
+    metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
+    check(step, run(step, impl, metadata, layer), CAUSAL)
+
+
+@pytest.mark.parametrize("name", ["auto", "bfloat16"])
+def test_other_caches_have_none(name: str, vllm: Load) -> None:
+    """Scales of a checkpoint for an fp8 cache, where the user asked for another or left it out."""
+    dtype = DTYPE if name == "auto" else torch.bfloat16
+    step = make_step(vllm)
+    step.cache = step.cache.to(dtype)
+    step.keys = [rows.to(dtype).to(DTYPE) for rows in step.keys]
+    step.values = [rows.to(dtype).to(DTYPE) for rows in step.values]
+    layer = SimpleNamespace(_k_scale_float=2.0, _v_scale_float=0.25)
     impl = make_impl(kv_cache_dtype=name)
     metadata = make_builder(vllm, {"layer": impl}).build(0, step.common)
     check(step, run(step, impl, metadata, layer), CAUSAL)

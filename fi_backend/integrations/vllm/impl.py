@@ -93,6 +93,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._has_scales = kv_cache_dtype.startswith("fp8")
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.sliding_window = sliding_window
         self.attn_type = attn_type
@@ -208,6 +209,7 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
         bound = self._bound
         if bound is None or not bound.fits(kv_cache, attn_metadata.causal):
             bound = self._bind(kv_cache, query.dtype, attn_metadata.causal)
+        k_scale, v_scale = self._scales(layer)
         if bound.sharded is not None:
             assert key is not None
             assert value is not None
@@ -219,8 +221,8 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
                 bound.views,
                 output,
                 sinks=self.sinks,
-                k_scale=layer._k_scale_float,
-                v_scale=layer._v_scale_float,
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
             return output
         bound.attention.run(
@@ -230,8 +232,8 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             out=output,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return output
 
@@ -308,6 +310,16 @@ class FIAttentionImpl(AttentionImpl[FIMetadata]):
             v_scale=layer._v_scale_float,
             out=query,
         )
+
+    def _scales(self, layer: Any) -> tuple[float, float]:
+        """Return the factors on what the cache holds.
+
+        A layer may have scales that its cache was not written with: a checkpoint brings them along
+        for an fp8 cache, also where the user asks for another, or leaves this layer out.
+        """
+        if not self._has_scales:
+            return 1.0, 1.0
+        return layer._k_scale_float, layer._v_scale_float
 
     def _views(
         self, kv_cache: torch.Tensor, dtype: torch.dtype
