@@ -80,6 +80,9 @@ _MODULE_OF = {
     "single_prefill_with_kv_cache": "prefill",
     "single_prefill_with_kv_cache_return_lse": "prefill",
     "single_prefill_with_kv_cache_with_jit_module": "prefill",
+    "trtllm_batch_context_with_kv_cache": "prefill",
+    "trtllm_batch_decode_with_kv_cache": "decode",
+    "xqa_batch_decode_with_kv_cache": "decode",
 }
 
 # Reached as attributes too, as in fi_backend.decode.fast_decode_plan.

@@ -37,6 +37,7 @@ _POSITION_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 # Kernel families of FlashInfer that compute what ours does. The others have argument forms or
 # layouts of their own, so a caller that asks for one of them means something else.
 _BACKENDS = ("auto", "fa2", "fa3")
+_BACKENDS_OF = {"trtllm_batch_decode_with_kv_cache": ("auto", "trtllm-gen", "xqa")}
 _DEFAULT_ROPE_THETA = 1e4
 _WORKSPACE_ALIGNMENT = 16
 
@@ -48,6 +49,11 @@ _NEXT_STEPS = {
     "use_fp16_softmax": "softmax is computed in float32",
     "uses_spcompress": "compressed caches are not supported",
     "block_tables": "the CSR page table already says it; to use a block table, see PagedBatch",
+    "enable_block_sparse_attention": "a row attends to all of its request's pages",
+    "mask": "a request's rows see each other causally; BatchPrefillWithPagedKVCacheWrapper takes "
+    "a custom_mask",
+    "o_sf_scale": "NVFP4 outputs are not supported; scale the result",
+    "o_sf_vec_size": "NVFP4 outputs are not supported; scale the result",
     "o_scale": "fp8 outputs are not supported; scale the result",
     "scale_q": "fp8 queries are not supported; use bfloat16, and q_scale if there is one",
     "scale_k": "fp8 queries are not supported; pass k_scale for an fp8 cache",
@@ -119,9 +125,10 @@ def check_layout(name: str, kv_layout: str) -> None:
 
 def check_backend(operation: str, backend: str) -> None:
     """Accept the backends whose semantics ours has; one implementation serves all of them."""
-    if backend not in _BACKENDS:
+    backends = _BACKENDS_OF.get(operation, _BACKENDS)
+    if backend not in backends:
         raise UnsupportedError(
-            f"{operation}: backend must be one of {', '.join(_BACKENDS)}; got {backend!r}. "
+            f"{operation}: backend must be one of {', '.join(backends)}; got {backend!r}. "
             f'Use "auto"'
         )
 

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 from fi_backend._batch_decode import BatchDecodeWithPagedKVCacheWrapper
+from fi_backend._block_table_calls import (
+    trtllm_batch_decode_with_kv_cache,
+    xqa_batch_decode_with_kv_cache,
+)
 from fi_backend._page_table import check_lens
 from fi_backend._single import single_attention, single_variant_attention
 from fi_backend.checks import check_tensor
@@ -18,6 +22,8 @@ __all__ = [
     "fast_decode_plan",
     "single_decode_with_kv_cache",
     "single_decode_with_kv_cache_with_jit_module",
+    "trtllm_batch_decode_with_kv_cache",
+    "xqa_batch_decode_with_kv_cache",
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fi_backend._arguments import check_backend, refuse
 from fi_backend._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
+from fi_backend._block_table_calls import trtllm_batch_context_with_kv_cache
 from fi_backend._single import single_attention, single_variant_attention
 from fi_backend.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from fi_backend.variants import AttentionVariant
@@ -19,6 +20,7 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
     "single_prefill_with_kv_cache_with_jit_module",
+    "trtllm_batch_context_with_kv_cache",
 ]
 
 
