@@ -35,16 +35,16 @@ class FewRowsCompute {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (RingPlace place = {};; place.advance(Traits::kUnitSlots)) {
-      SlotBarriers& barriers = shared_.unit_barriers[place.slot];
-      ptx::mbarrier_wait(ptx::shared_address(&barriers.full), place.parity);
-      const FewRowsUnit& unit = shared_.units[place.slot];
+    for (UnitPlace<Traits> place;; ++place.n) {
+      SlotBarriers& barriers = shared_.unit_barriers[place.index()];
+      ptx::mbarrier_wait(ptx::shared_address(&barriers.full), place.parity());
+      const FewRowsUnit& unit = shared_.units[place.index()];
       if (!unit.exists) return;
-      uint8_t* q = shared_.q[place.slot];
+      uint8_t* q = shared_.q[place.index()];
       if (!unit.is_whole_item && threadIdx.x == 0) {
         ptx::prefetch_to_l2(p_.finished + unit.partials.first_holder);
       }
-      LogitRow* rows = shared_.rows[place.slot % 2];
+      LogitRow* rows = shared_.rows[place.n % 2];
       prepare_queries<Traits>(p_.attention, shared_.geometry, unit, warp(), q, rows);
       rows_ = rows;
       compute_sync<Traits>();
@@ -63,7 +63,8 @@ class FewRowsCompute {
   }
 
  private:
-  __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
+  // Found anew: what follows from it would take registers all through the kernel.
+  __device__ __forceinline__ static int warp() { return fresh_thread() / kWarpSize; }
   // Among those that tiles are dealt to.
   __device__ __forceinline__ static int token_warp() { return warp() % kTokenWarps; }
   __device__ __forceinline__ static int row_group() { return warp() / kTokenWarps; }
@@ -106,8 +107,7 @@ class FewRowsCompute {
     unmasked.end = min(unmasked.end, unit.tokens.end);
     FewRowsSoftmax<Traits, kBlocks> softmax(
         ptx::shared_address(q) + first_row * Traits::QRows::kRowBytes, rows_ + first_row,
-        make_logit_transform(p_.attention, unit.piece), unmasked,
-        PieceVariant<Variant>(p_.attention, unit.piece));
+        p_.attention, unit.piece, unmasked);
     const int32_t end = unit.tokens.end;
     const bool has_rows = first_row < unit.num_rows;
     const int first_tile = token_warp() * Traits::kTokensAtOnce;

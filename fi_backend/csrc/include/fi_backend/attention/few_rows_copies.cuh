@@ -150,38 +150,39 @@ class FewRowsCopies {
     begin_unit();
     // Of the lane's row: there are no more than lanes. Blocks are filled up with the last row.
     const WorkPiece& piece = units.piece();
-    const uint32_t packed = units.first_row() + min(lane(), units.num_rows() - 1);
+    const int lane = fresh_thread() % kWarpSize;  // what follows from it is for this unit alone
+    const uint32_t packed = units.first_row() + min(lane, units.num_rows() - 1);
     const uint32_t row = packed / static_cast<uint32_t>(g.group_size);
     const uint32_t head = piece.kv_head * g.group_size + packed - row * g.group_size;
     const Q* q = static_cast<const Q*>(a_.q) + (int64_t{piece.qo_begin} + row) * a_.q_row_stride +
                  head * a_.q_head_stride;
-    set_row<typename Traits::QRows, kRowBlock>(lane(), reinterpret_cast<uint64_t>(q));
-    const uint32_t to = ptx::shared_address(shared_.q[unit_.slot]);
+    set_row<typename Traits::QRows, kRowBlock>(lane, reinterpret_cast<uint64_t>(q));
+    const uint32_t to = ptx::shared_address(shared_.q[unit_.index()]);
     copy_rows<typename Traits::QRows, kRowBlock>(to, units.num_rows());
     ptx::mbarrier_arrive_after_copies(unit_full());
   }
   // Hand a unit to the other warps.
   __device__ __forceinline__ void publish(const WorkUnits& units) {
     if (lane() == 0) {
-      units.describe(p_.partials, a_.prior, shared_.units[unit_.slot]);
+      units.describe(p_.partials, a_.prior, shared_.units[unit_.index()]);
       ptx::mbarrier_arrive(unit_full());
     }
-    unit_.advance(Traits::kUnitSlots);
+    ++unit_.n;
   }
   __device__ __forceinline__ void publish_end() {
     begin_unit();
     if (lane() == 0) {
-      shared_.units[unit_.slot].exists = false;
+      shared_.units[unit_.index()].exists = false;
       ptx::mbarrier_arrive(unit_full());
     }
     ptx::mbarrier_arrive(unit_full());
   }
   __device__ __forceinline__ void begin_unit() const {
-    const SlotBarriers& barriers = shared_.unit_barriers[unit_.slot];
-    ptx::mbarrier_wait(ptx::shared_address(&barriers.empty), unit_.parity ^ 1);
+    const SlotBarriers& barriers = shared_.unit_barriers[unit_.index()];
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.empty), unit_.empty_parity());
   }
   __device__ __forceinline__ uint32_t unit_full() const {
-    return ptx::shared_address(&shared_.unit_barriers[unit_.slot].full);
+    return ptx::shared_address(&shared_.unit_barriers[unit_.index()].full);
   }
 
   // Wait until the next stage of a ring is free; return its shared address.
@@ -300,7 +301,7 @@ class FewRowsCopies {
   const AttentionParams& a_;
   Shared& shared_;
   uint32_t rings_;
-  RingPlace unit_ = {};
+  UnitPlace<Traits> unit_;
   RingPlace keys_ = {};
   RingPlace values_ = {};
   TokenPlaces places_ = {};

@@ -3,6 +3,7 @@
 
 #include <fi_backend/attention/few_rows_products.cuh>
 #include <fi_backend/attention/variant.cuh>
+#include <fi_backend/common/fresh_registers.cuh>
 #include <fi_backend/ptx/math.cuh>
 
 namespace fi {
@@ -28,15 +29,14 @@ class FewRowsSoftmax {
   // q: shared address of the first block of query rows; `rows` describes them, in shared memory
   // too.
   __device__ __forceinline__ FewRowsSoftmax(uint32_t q, const LogitRow* rows,
-                                            const LogitTransform& transform,
-                                            const KvRange& keys_all_see,
-                                            const PieceVariant<Variant>& variant)
+                                            const AttentionParams& p, const WorkPiece& piece,
+                                            const KvRange& keys_all_see)
       : queries_(q),
         rows_(rows),
-        transform_(transform),
+        p_(p),
+        piece_(piece),
         unmasked_{keys_all_see.begin, keys_all_see.end - Traits::kTokensAtOnce},
-        last_scaled_(transform.is_scale_only() ? unmasked_.end : -1),
-        variant_(variant) {
+        last_scaled_(is_scale_only(p) ? unmasked_.end : -1) {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -135,59 +135,102 @@ class FewRowsSoftmax {
 
   using Scores = float[kTiles][kBlocks][4];
 
+  // The key of score i of tile t, from the lane's first one.
+  __device__ __forceinline__ static int key_distance(int t, int i) {
+    return t * kTileTokens + i / 2 * 8;
+  }
+
   __device__ __forceinline__ void make_scores(Scores& s, int32_t first, int32_t end) const {
-    const bool needs_mask = first < unmasked_.begin || first > unmasked_.end;
-    make_logits(s, first, end, needs_mask);
-    if constexpr (kHasScores<Variant>) {
-      needs_mask ? apply_variant<true>(s, first) : apply_variant<false>(s, first);
+    for_each_score(s, [&](int n, int j, int, float& x) { x *= scale_[n][j]; });
+    if constexpr (!kHasScores<Variant>) {
+      if (first >= unmasked_.begin && first <= last_scaled_) return;
     }
+    const int32_t key = first + Products::token_in_tile(0);
+    transform_logits(s, key);
+    const bool is_masked = first < unmasked_.begin || first > unmasked_.end;
+    if (is_masked) mask_logits(s, key, end);
+    if constexpr (kHasScores<Variant>) {
+      is_masked ? apply_variant<true>(s, key) : apply_variant<false>(s, key);
+    }
+  }
+
+  // What is left of turning products into logits: one step after the other over all of them,
+  // because what a row needs to know about itself takes registers. ALiBi distances count from the
+  // row's own position, which keeps them small; finish_row() moves the origin to query 0, where
+  // callers have it.
+  __device__ __forceinline__ void transform_logits(Scores& s, int32_t key) const {
+    if (p_.soft_cap != 0.f) {
+      const float cap = p_.soft_cap * kLog2e;
+      for_each_score(s, [&](int, int, int, float& x) { x = soft_cap_tanh(x) * cap; });
+    }
+    if (p_.alibi_slopes == nullptr) return;
+    for_each_score(s, [&](int n, int j, int distance, float& x) {
+      const LogitRow& r = row(n, j);
+      x += r.slope * static_cast<float>(key + distance - r.position);
+    });
+  }
+
+  // Put -inf where a row does not see a key. Which those are is found out for a row at a time and
+  // kept in bits: as predicates they would take the place of those that all tiles need.
+  __device__ __forceinline__ void mask_logits(Scores& s, int32_t key, int32_t end) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t seen = seen_keys(row(n, j), key, end);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int i = j; i < 4; i += 2) {
+            if (!(seen >> (key_distance(t, i) / 8) & 1)) s[t][n][i] = minus_infinity();
+          }
+        }
+      }
+    }
+  }
+
+  // Which of the lane's keys a row sees, from the lane's first one on: a bit each.
+  __device__ __forceinline__ uint32_t seen_keys(const LogitRow& r, int32_t key, int32_t end) const {
+    constexpr int kKeys = 2 * kTiles;
+    uint32_t seen = 0;
+#pragma unroll
+    for (int m = 0; m < kKeys; ++m) {
+      const int32_t k = key + 8 * m;
+      seen |= uint32_t{k >= r.begin && k < min(r.end, end)} << m;
+    }
+    if (p_.custom_mask == nullptr) return seen;
+    const uint8_t* mask = p_.custom_mask + p_.mask_indptr[piece_.request];
+    const int64_t first_bit = int64_t{r.qo_idx} * piece_.kv_len + key;
+#pragma unroll 1
+    for (int m = 0; m < kKeys; ++m) {
+      const int64_t bit = first_bit + 8 * m;
+      if ((seen >> m & 1) && !(mask[bit >> 3] >> (bit & 7) & 1)) seen &= ~(1u << m);
+    }
+    return seen;
   }
 
   template <bool kIsMasked>
-  __device__ __forceinline__ void apply_variant(Scores& s, int32_t first) const {
+  __device__ __forceinline__ void apply_variant(Scores& s, int32_t key) const {
     constexpr float kFromBase2 = logit_unit<Variant>() / kLog2e;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int32_t key = first + t * kTileTokens + Products::token_in_tile(i);
-          const LogitRow& r = row(n, i % 2);
-          const auto at =
-              PieceVariant<Variant>::template pair<kIsMasked>(variant_.row(r.qo_idx, r.head), key);
-          const float score = variant_.template score<kIsMasked>(s[t][n][i] * kFromBase2, at);
-          s[t][n][i] = variant_.sees(at) ? score : hidden_score<Variant>();
-        }
-      }
-    }
+    const PieceVariant<Variant> variant(p_, piece_);
+    for_each_score(s, [&](int n, int j, int distance, float& x) {
+      const LogitRow& r = row(n, j);
+      const auto at = PieceVariant<Variant>::template pair<kIsMasked>(variant.row(r.qo_idx, r.head),
+                                                                      key + distance);
+      const float score = variant.template score<kIsMasked>(x * kFromBase2, at);
+      x = variant.sees(at) ? score : hidden_score<Variant>();
+    });
   }
 
-  __device__ __forceinline__ void make_logits(Scores& s, int32_t first, int32_t end,
-                                              bool needs_mask) const {
-    if (first >= unmasked_.begin && first <= last_scaled_) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[t][n][i] *= scale_[n][i % 2];
-        }
-      }
-      return;
-    }
+  // Call fn(block, row of the lane's two in it, distance of the key, x) for every score x.
+  template <class Fn>
+  __device__ __forceinline__ static void for_each_score(Scores& s, const Fn& fn) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int32_t key = first + t * kTileTokens + Products::token_in_tile(i);
-          const LogitRow& r = row(n, i % 2);
-          const float logit = transform_(s[t][n][i], r, key);
-          const bool is_seen = !needs_mask || (key < end && transform_.sees(r, key));
-          s[t][n][i] = is_seen ? logit : minus_infinity();
-        }
+        for (int i = 0; i < 4; ++i) fn(n, i % 2, key_distance(t, i), s[t][n][i]);
       }
     }
   }
@@ -226,10 +269,10 @@ class FewRowsSoftmax {
 
   typename Products::template Queries<kBlocks> queries_;
   const LogitRow* rows_;
-  LogitTransform transform_;
+  const AttentionParams& p_;
+  const WorkPiece& piece_;
   KvRange unmasked_;     // first keys of tiles that need no mask: from begin to end
   int32_t last_scaled_;  // the last of them, if a row's scale is all that makes a logit
-  PieceVariant<Variant> variant_;
   float scale_[kBlocks][2];
   float max_[kBlocks][2];
   float sum_[kBlocks][2];  // of this lane's tokens, until finish()

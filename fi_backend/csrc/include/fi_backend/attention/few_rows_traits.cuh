@@ -4,6 +4,7 @@
 #include <fi_backend/attention/few_rows_shape.h>
 
 #include <fi_backend/attention/logits.cuh>
+#include <fi_backend/attention/ring_place.cuh>
 #include <fi_backend/attention/swizzled_rows.cuh>
 #include <fi_backend/attention/work_units.cuh>
 #include <fi_backend/common/dtypes.cuh>
@@ -155,18 +156,8 @@ struct alignas(128) FewRowsShared {
   bool is_last;  // to finish a piece of an item
 };
 
-// A place in a ring of slots that are used in turn.
-struct RingPlace {
-  uint32_t slot;
-  uint32_t parity;  // of the times the slot was used before
-
-  __device__ __forceinline__ void advance(uint32_t num_slots) {
-    if (++slot == num_slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
+template <class Traits>
+using UnitPlace = FixedRingPlace<Traits::kUnitSlots>;
 
 // Where a stage begins, from the first stage of K on.
 template <class Traits>

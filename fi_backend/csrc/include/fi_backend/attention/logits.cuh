@@ -36,38 +36,9 @@ struct LogitRow {
   int32_t head;      // query head
 };
 
-// What all rows of a request have in common.
-struct LogitTransform {
-  float cap;  // soft_cap * log2(e); 0 = off
-  bool has_alibi;
-  int32_t kv_len;
-  const uint8_t* mask;  // bits [qo_len, kv_len]; nullptr = no custom mask
-
-  // A row's scale alone turns q . k into a logit.
-  __device__ __forceinline__ bool is_scale_only() const { return cap == 0.f && !has_alibi; }
-
-  // ALiBi distances count from the row's own position, which keeps them small; finish_row() moves
-  // the origin to query 0, where callers have it.
-  __device__ __forceinline__ float operator()(float product, const LogitRow& row,
-                                              int32_t key) const {
-    float x = product * row.scale;
-    if (cap != 0.f) x = soft_cap_tanh(x) * cap;
-    if (has_alibi) x += row.slope * static_cast<float>(key - row.position);
-    return x;
-  }
-
-  __device__ __forceinline__ bool sees(const LogitRow& row, int32_t key) const {
-    if (key < row.begin || key >= row.end) return false;
-    if (mask == nullptr) return true;
-    const int64_t bit = int64_t{row.qo_idx} * kv_len + key;
-    return mask[bit >> 3] >> (bit & 7) & 1;
-  }
-};
-
-__device__ __forceinline__ LogitTransform make_logit_transform(const AttentionParams& p,
-                                                               const WorkPiece& piece) {
-  return {p.soft_cap * kLog2e, p.alibi_slopes != nullptr, piece.kv_len,
-          p.custom_mask == nullptr ? nullptr : p.custom_mask + p.mask_indptr[piece.request]};
+// A row's scale alone turns q . k into a logit.
+__device__ __forceinline__ bool is_scale_only(const AttentionParams& p) {
+  return p.soft_cap == 0.f && p.alibi_slopes == nullptr;
 }
 
 // The keys that every row of the piece's request sees: among them nothing needs a mask. Empty under

@@ -53,8 +53,7 @@ __device__ __forceinline__ void describe_item(const AttentionParams& p, const Wo
   item.scale = tile_row(p, g, item, 0).scale;
   if (p.soft_cap == 0.f) item.scale *= logit_unit<Variant>() / kLog2e;
   // A positive factor can wait until after the maximum is taken.
-  item.is_scale_only = !kHasScores<Variant> && item.scale > 0.f &&
-                       make_logit_transform(p, item.piece).is_scale_only();
+  item.is_scale_only = !kHasScores<Variant> && item.scale > 0.f && is_scale_only(p);
 }
 
 // The tokens of an item's piece that rows [first_row, first_row + num_rows) of its tile see.

@@ -231,21 +231,34 @@ class Sm90Computer {
     release(memory_.v_empty[before.index()]);
   }
 
+  // Whether the scores of a tile need but the scale. A variant makes scores of every tile's logits.
+  __device__ __forceinline__ bool is_free(const Sm90Unit& unit, int token) const {
+    if constexpr (kHasScores<typename Traits::Variant>) return false;
+    const KvRange& free = unit.free[group_];
+    return token >= free.begin && token + kTokens <= free.end;
+  }
+
   __device__ __forceinline__ void attend(const Sm90Unit& unit, int queries) {
-    const KvRange free = unit.free[group_];
     const int first_token = unit.first_token;
     int token = first_token + (unit.num_tiles - 1) * kTokens;
     WeightTile<Traits> weights;
     first_step(unit, queries, token, weights);
+    token -= kTokens;
+    const auto find_last_free = [&] { return max(unit.free[group_].begin, first_token); };
 #pragma unroll 1
-    for (token -= kTokens; token >= first_token; token -= kTokens) {
-      // A variant makes scores of every tile's logits.
-      if (!kHasScores<typename Traits::Variant> && token >= free.begin &&
-          token + kTokens <= free.end) {
-        step<true>(unit, queries, token, weights);
-      } else {
+    while (token >= first_token) {
+      if (!is_free(unit, token)) {
         step<false>(unit, queries, token, weights);
+        token -= kTokens;
+        continue;
       }
+      // Where warps widen fp8 there is no register to keep it in.
+      const int last_free = find_last_free();
+#pragma unroll 1
+      do {
+        step<true>(unit, queries, token, weights);
+        token -= kTokens;
+      } while (token >= (Traits::kIsFp8Cache ? find_last_free() : last_free));
     }
     last_step(unit, weights);
   }

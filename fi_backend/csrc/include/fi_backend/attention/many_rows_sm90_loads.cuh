@@ -99,7 +99,10 @@ class Sm90Loader {
   __device__ __forceinline__ bool gather_unit(const Place& place) {
 #pragma unroll 1
     for (int is_this = !has_last_tiles_; is_this < 2; ++is_this) {
-      const Place at = {place.n - 1 + is_this};
+      // Found from the place in each turn: left to itself the compiler keeps both units' places.
+      Place at = place;
+      if constexpr (kLastTiles > 0) asm volatile("" : "+r"(at.n));
+      if (!is_this) --at.n;
       Sm90Unit& unit = memory_.units[at.index()];
       int first = kLastTiles, last = 0;
       if (is_this) {

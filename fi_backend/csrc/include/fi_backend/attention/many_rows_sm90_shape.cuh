@@ -10,6 +10,7 @@
 #include <fi_backend/attention/many_rows_shape.h>
 
 #include <fi_backend/attention/many_rows_shape.cuh>
+#include <fi_backend/attention/ring_place.cuh>
 #include <fi_backend/common/reduce.cuh>
 #include <fi_backend/ptx/ldmatrix.cuh>
 #include <fi_backend/ptx/mbarrier.cuh>
@@ -223,17 +224,6 @@ struct alignas(1024) Sm90Memory {
   __device__ __forceinline__ const WorkGeometry& geometry() const {
     return *reinterpret_cast<const WorkGeometry*>(plan_header);
   }
-};
-
-// Place n of the line of tiles, or of units, in a ring of kSize, and the parity of its phase.
-template <int kSize>
-struct FixedRingPlace {
-  uint32_t n = 0;
-
-  __device__ __forceinline__ int index() const { return n % kSize; }
-  __device__ __forceinline__ uint32_t parity() const { return n / kSize % 2; }
-  // Of the phase before: over as soon as the place is empty.
-  __device__ __forceinline__ uint32_t empty_parity() const { return parity() ^ 1; }
 };
 
 // Named barriers; 0 is __syncthreads().
