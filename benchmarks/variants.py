@@ -1,11 +1,14 @@
 """Attention variants of docs/attention-variants.md, and the built-in attention, on a cold L2.
 
+The mask in blocks is timed with several densities: the share of blocks that a row sees.
+
 Errors are relative to the largest output: those of sigmoid attention are not normalised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,12 +17,24 @@ from benchmarks import decode_steps, prefill_steps
 from benchmarks.cuda_timing import cold_calls
 from benchmarks.report import Row, print_row
 from fi_backend import AttentionSpec, PagedAttention, PagedBatch, Workspace, plan
-from tests.variant_examples import BUILT_IN, EXAMPLES, Example, Values, expected
+from tests.variant_examples import BUILT_IN, EXAMPLES, Example, Values, expected, random_blocks
 
 DECODE = decode_steps.Cell(64, 4096)
 PREFILL = prefill_steps.Cell(1, 8192, 8192)
 NUM_CHECKED_ROWS = 16
 OURS = "fi_backend"
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+KINDS = {
+    "": BUILT_IN,
+    "distance_bias": EXAMPLES["distance_bias"],
+    "sigmoid": EXAMPLES["sigmoid"],
+    **{
+        f"block_sparse {density}": replace(
+            EXAMPLES["block_sparse"], make_values=partial(random_blocks, density=density)
+        )
+        for density in DENSITIES
+    },
+}
 
 Step = decode_steps.Step | prefill_steps.Step
 
@@ -39,7 +54,7 @@ def _time(step: Step, work: tuple[str, float], seconds: float) -> list[Row]:
     unit, amount = work
     calls: dict[str, Callable[[], object]] = {}
     errors = {}
-    for kind, example in {"": BUILT_IN, **EXAMPLES}.items():
+    for kind, example in KINDS.items():
         name = f"{OURS} {kind}".rstrip()
         out, calls[name], values = _make_call(step, example)
         calls[name]()

@@ -78,26 +78,24 @@ def sigmoid(
     return torch.sigmoid(logits + values["bias"]), True
 
 
-def random_blocks(_num_heads: int, num_requests: int, num_tokens: int) -> Values:
+def random_blocks(
+    _num_heads: int, num_requests: int, num_tokens: int, density: float = 0.5
+) -> Values:
     num_blocks = -(-num_tokens // BLOCK)
     row_words = -(-num_blocks // 32)
-    shape = (num_requests, num_blocks, row_words)
-    bits = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
-    bits[:, 0] = 0  # the first query tokens of a sequence see nothing
-    return {"bitmaps": bits, "num_blocks": num_blocks, "row_words": row_words}
+    bits = torch.rand(num_requests, num_blocks, row_words, 32) < density
+    words = (bits.long() << torch.arange(32)).sum(-1)
+    words[:, 0] = 0  # the first query tokens of a sequence see nothing
+    return {"bitmaps": words.int(), "num_blocks": num_blocks, "row_words": row_words}
 
 
 def block_sparse(
     logits: torch.Tensor, request: Request, values: Values
 ) -> tuple[torch.Tensor, torch.Tensor | bool]:
-    bits = values["bitmaps"][request.index].cpu()
-    seen = torch.zeros(logits.shape[1:], dtype=torch.bool, device="cpu")
-    for row, position in enumerate(request.position.flatten().tolist()):
-        for key in range(seen.shape[1]):
-            # Negative positions see no key anyway; Python's indices would wrap.
-            word = int(bits[max(position, 0) // BLOCK, key // BLOCK // 32])
-            seen[row, key] = word >> (key // BLOCK % 32) & 1
-    return logits, seen.to(logits.device)
+    # Negative positions see no key anyway; indices would wrap.
+    row, block = request.position.clamp(min=0) // BLOCK, request.key // BLOCK
+    words = values["bitmaps"][request.index][row, block // 32]
+    return logits, (words >> (block % 32) & 1).bool()
 
 
 BUILT_IN = Example(None, lambda *_: {}, lambda logits, *_: (logits, True))
@@ -116,6 +114,7 @@ def expected(
     values: Values,
     *,
     causal: bool = True,
+    window_left: int = -1,
     custom_mask: list[torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
     soft_cap: float = 0.0,
@@ -136,6 +135,8 @@ def expected(
             logits = soft_cap * torch.tanh(logits / soft_cap)
         scores, own = example.score(logits, request, values)
         seen = (request.key <= position) | (not causal)
+        if window_left >= 0:
+            seen = seen & (request.key >= position - window_left)
         seen = seen & own
         if custom_mask is not None:
             seen = seen & custom_mask[index]
@@ -146,7 +147,7 @@ def expected(
                 lse = torch.logaddexp(lse, sinks.double()[:, None])
             empty = ~seen.any(-1)
             lse = lse.masked_fill(empty, -math.inf)
-            weights = torch.exp(scores - lse[..., None]).masked_fill(empty[:, None], 0.0)
+            weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0)
         else:
             weights = scores.masked_fill(~seen, 0.0)
             lse = torch.zeros(scores.shape[:2], dtype=torch.float64)

@@ -27,6 +27,7 @@ class FewRowsCompute {
   using Variant = typename Traits::Variant;
   using Products = FewRowsProducts<Traits>;
   static constexpr int kAccesses = Traits::kVo / kValuesPerAccess;  // of a row of values
+  static constexpr bool kSkips = kSkipsStages<Traits>;
 
  public:
   // `rings`: shared address of the first stage of K.
@@ -118,8 +119,14 @@ class FewRowsCompute {
       value_place = keep_in_register(value_place);
     }
 #pragma unroll 1
-    for (int32_t token = unit.tokens.begin; token < end; token += Traits::kStageTokens) {
+    for (int32_t token = unit.tokens.begin; kSkips || token < end; token += Traits::kStageTokens) {
       const RingPlace keys = take_stage(kKeys);
+      if constexpr (kSkips) {
+        begin_stage(kKeys, keys);
+        token = shared_.stage_tokens.first[keys.slot];
+        scratch_ = keys;
+        if (token == StageTokens<true>::kNone) break;
+      }
       const RingPlace values = take_stage(kValues);
       const uint32_t keys_at = key_place + begin_stage(kKeys, keys);
 #pragma unroll
@@ -140,8 +147,10 @@ class FewRowsCompute {
       end_stage(kValues, values);
     }
     softmax.finish();
-    scratch_ = take_stage(kKeys);
-    begin_stage(kKeys, scratch_);
+    if constexpr (!kSkips) {
+      scratch_ = take_stage(kKeys);
+      begin_stage(kKeys, scratch_);
+    }
     for (int block = 0;; ++block) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -310,7 +319,7 @@ __device__ __forceinline__ void run_few_rows(const FewRowsParams& p, uint8_t* sh
   auto& shared = *reinterpret_cast<FewRowsShared<Traits>*>(shared_memory);
   const uint32_t rings = ptx::shared_address(&shared + 1);
   if (threadIdx.x == 0) {
-    init_slots(shared.stage_barriers[kKeys], p.ring_slots[kKeys], kStageArrivals<Traits>,
+    init_slots(shared.stage_barriers[kKeys], p.ring_slots[kKeys], kKeyStageArrivals<Traits>,
                Traits::kComputeWarps);
   } else if (threadIdx.x == 2 * kWarpSize) {
     init_slots(shared.stage_barriers[kValues], p.ring_slots[kValues], kStageArrivals<Traits>,

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <fi_backend/attention/few_rows_params.cuh>
+#include <fi_backend/attention/few_rows_seen.cuh>
 #include <fi_backend/attention/few_rows_traits.cuh>
 #include <fi_backend/common/fresh_registers.cuh>
 #include <fi_backend/common/reduce.cuh>
@@ -17,9 +18,12 @@
 
 namespace fi {
 
-// Arrivals that fill a slot: the lanes' copies, and for a unit also what lane 0 writes.
+// Arrivals that fill a slot: the lanes' copies, and for a unit also what lane 0 writes; so it does
+// for a stage of K where some are left out.
 template <class Traits>
 inline constexpr int kStageArrivals = Traits::kRingWarps * kWarpSize;
+template <class Traits>
+inline constexpr int kKeyStageArrivals = kStageArrivals<Traits> + (kSkipsStages<Traits> ? 1 : 0);
 inline constexpr int kUnitArrivals = kWarpSize + 1;
 
 template <class Traits>
@@ -27,6 +31,7 @@ class FewRowsCopies {
   using Shared = FewRowsShared<Traits>;
   using Q = typename Traits::Q;
   using Kv = typename Traits::Kv;
+  static constexpr bool kSkips = kSkipsStages<Traits>;
   // Of a token for each lane, of those of a stage that a warp copies.
   static constexpr int kGroups = Traits::kCopiedTokens / kWarpSize;
 
@@ -52,7 +57,13 @@ class FewRowsCopies {
       WorkUnits units(g, range, worker, Traits::kUnitRows, a_.qo_indptr, a_.kv_lens,
                       a_.first_pages);
 #pragma unroll 1
-      while (units.next()) copy_unit(g, units);
+      while (units.next()) {
+        if constexpr (kSkips) {
+          copy_seen(g, units);
+        } else {
+          copy_unit(g, units);
+        }
+      }
       worker += count;
       if (worker >= p_.num_workers) break;
       range = load_worker_range(p_.starts, p_.cuts, p_.spans, worker);
@@ -129,15 +140,71 @@ class FewRowsCopies {
     }
   }
 
+  // The same as copy_unit(), of the stages that some row of the unit sees.
+  __device__ __forceinline__ void copy_seen(const WorkGeometry& g, const WorkUnits& units) {
+    const int32_t end = units.tokens().end;
+    const PageRow pages = pages_of(units.piece());
+    const int head = units.piece().kv_head;
+    SeenStages<Traits> stages(a_, g, units);
+    SeenStage next = stages.take();
+    load_seen_ids(pages, next, end);
+    if (copies_units()) copy_queries(g, units);
+    bool is_published = false;
+    do {
+      const SeenStage stage = next;
+      const TokenPlaces places = places_;
+      const bool exists = stage.token != SeenStage::kNone;
+      if (exists) {
+        next = stages.take();
+        load_seen_ids(pages, next, end);
+        if (copies_keys()) {
+          tell_token(stage.token);
+          copy_stage<typename Traits::KRows>(keys_, kKeys, a_.k_cache, p_.k_strides, head, places,
+                                             end - stage.token);
+        }
+      }
+      if (copies_units() && !is_published) publish(units);
+      is_published = true;
+      if (exists && copies_values()) {
+        copy_stage<typename Traits::VRows>(values_, kValues, a_.v_cache, p_.v_strides, head, places,
+                                           end - stage.token);
+      }
+    } while (next.token != SeenStage::kNone);
+    if (copies_keys()) {
+      tell_token(SeenStage::kNone);
+      begin_stage(keys_, kKeys);
+      end_stage(keys_, kKeys, [](uint32_t barrier) { ptx::mbarrier_arrive(barrier); });
+    }
+  }
+
+  // Say what the next stage of K holds, as soon as it is free.
+  __device__ __forceinline__ void tell_token(int32_t token) const {
+    if (!copies_units() || lane() != 0) return;
+    begin_stage(keys_, kKeys);
+    shared_.stage_tokens.first[keys_.slot] = token;
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.stage_barriers[kKeys][keys_.slot].full));
+  }
+
+  __device__ __forceinline__ void load_seen_ids(const PageRow& pages, const SeenStage& stage,
+                                                int32_t end) {
+    if (stage.token == SeenStage::kNone) return;
+    load_page_ids(pages, stage.token, end, [&](int32_t mine) { return stage.stand_in(mine, end); });
+  }
+
   // Find the places of a stage's tokens. Those past the unit's last token are where that one is:
   // copies are rounded up, and 0 times what has no weight is then as harmless as the last token
   // itself. (One row of zeros, which all would read, is as slow as the one slice of the L2 cache
   // that has it.)
   __device__ __forceinline__ void load_page_ids(const PageRow& pages, int32_t token, int32_t end) {
+    load_page_ids(pages, token, end, [](int32_t mine) { return mine; });
+  }
+  template <class StandIn>
+  __device__ __forceinline__ void load_page_ids(const PageRow& pages, int32_t token, int32_t end,
+                                                const StandIn& stand_in) {
     if (token >= end) return;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int32_t mine = min(token + first_token() + g * kWarpSize + lane(), end - 1);
+      const int32_t mine = stand_in(min(token + first_token() + g * kWarpSize + lane(), end - 1));
       const int32_t page = p_.page_size(mine);
       places_.offset[g] = mine - page * a_.pages.page_size;
       places_.page_id[g] = pages.first + page;

@@ -97,6 +97,11 @@ inline constexpr bool kTeamsAreOneCta = false;
 inline constexpr bool kTeamsAreOneCta = true;
 #endif
 
+// Whether stages that no row of a unit sees are left out. Before Hopper the warps that copy have no
+// registers for that.
+template <class Traits>
+inline constexpr bool kSkipsStages = kTeamsAreOneCta && kSkipsTiles<typename Traits::Variant>;
+
 // The thread's team, among those of its CTA.
 template <class Traits>
 __device__ __forceinline__ int team() {
@@ -141,6 +146,16 @@ FI_HOST_DEVICE constexpr int ring_slots(int num_stages, int side) {
   return (num_stages + 1 - side) / 2;
 }
 
+// Where some stages of a unit are left out: the first token of what is in a slot of the ring of K.
+template <bool kSkips>
+struct StageTokens {};
+template <>
+struct StageTokens<true> {
+  static constexpr int32_t kNone = -1;  // past the unit's last stage
+
+  int32_t first[ring_slots(kFewRowsMaxStages, kKeys)];
+};
+
 // A team's shared memory begins with this; the rings of K and of V [num_stages, kStageBytes]
 // follow.
 template <class Traits>
@@ -154,6 +169,7 @@ struct alignas(128) FewRowsShared {
   SlotBarriers stage_barriers[2][ring_slots(kFewRowsMaxStages, kKeys)];
   WorkGeometry geometry;
   bool is_last;  // to finish a piece of an item
+  StageTokens<kSkipsTiles<typename Traits::Variant>> stage_tokens;
 };
 
 template <class Traits>

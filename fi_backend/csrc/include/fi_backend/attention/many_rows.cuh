@@ -18,6 +18,8 @@ template <class Traits>
 class ManyRowsWorker {
  public:
   using Memory = ManyRowsMemory<Traits>;
+  using Variant = typename Traits::Variant;
+  static constexpr bool kSkips = kSkipsTiles<Variant>;
   static constexpr int kTokens = Traits::kTokens;
 
   __device__ __forceinline__ ManyRowsWorker(const AttentionParams& params, Memory& memory)
@@ -93,6 +95,34 @@ class ManyRowsWorker {
     if (i >= kTokens) return;
     group().offsets[n % kTileStages][i] =
         row_offsets(p_, group().pages[i], thread_token(piece, n), piece.tokens);
+    if constexpr (kSkips) {
+      RowOffsets& offsets = group().offsets[n % kTileStages][i];
+      if (offsets.k >= 0 && !is_seen(thread_token(piece, n))) offsets = {-1, -1};
+    }
+  }
+  // Whether some row of the item sees a token.
+  __device__ __forceinline__ bool is_seen(int token) const {
+    const ManyRowsItem& item = memory_.item;
+    const SeeingRows rows = tile_rows(g_, item, 0, item.piece.num_rows - 1);
+    return sight_of(variant_of<Variant>(p_), item.piece, rows, token).some;
+  }
+  // Whether some row of the warp sees some token of a tile: a lane asks for a row.
+  __device__ __forceinline__ bool sees_tile(const ManyRowsItem& item, int begin) const {
+    bool sees = !kSkips;
+    if constexpr (kSkips) {
+      constexpr int kBlock = kSeenTogether<Variant>;
+      const int in_warp = fresh_thread() % Traits::kWarpRows;
+      const int row = min(first_row() + in_warp, item.piece.num_rows - 1);
+      const SeeingRows rows = tile_rows(g_, item, row, row);
+      const int end = min(begin + kTokens, item.piece.tokens.end);
+      int key = max(begin, item.piece.tokens.begin);
+#pragma unroll 1
+      for (; key < end; key = (key / kBlock + 1) * kBlock) {
+        sees |= sight_of(variant_of<Variant>(p_), item.piece, rows, key).some;
+      }
+      sees = __any_sync(kFullWarp, sees);
+    }
+    return sees;
   }
 
   __device__ __forceinline__ void copy_tiles(const WorkPiece& piece, int n) {
@@ -142,7 +172,7 @@ class ManyRowsWorker {
       if constexpr (Traits::kIsFp8Cache) sync_group();
       const int begin = tile_begin(piece, n);
       const RowsRange& range = memory_.ranges[fresh_thread() / 32];
-      if (begin < range.some.end && begin + kTokens > range.some.begin) {
+      if (begin < range.some.end && begin + kTokens > range.some.begin && sees_tile(item, begin)) {
         const uint8_t* k = Traits::kIsFp8Cache ? group().k_wide : group().k[stage];
         ScoreTile<Traits> s;
         multiply_keys<Traits>(ptx::shared_address(warp_rows()), ptx::shared_address(k), s);

@@ -1,6 +1,8 @@
 // From global to shared memory: query rows, tiles of K and V, and where their tokens lie.
 #pragma once
 
+#include <fi_backend/attention/seen_blocks.h>
+
 #include <fi_backend/attention/logits.cuh>
 #include <fi_backend/attention/many_rows_shape.cuh>
 #include <fi_backend/ptx/convert.cuh>
@@ -42,6 +44,17 @@ __device__ __forceinline__ LogitRow tile_row(const AttentionParams& p, const Wor
   return r;
 }
 
+// Rows [first, last] of an item's tile, as a mask is asked for them.
+__device__ __forceinline__ SeeingRows tile_rows(const WorkGeometry& g, const ManyRowsItem& item,
+                                                int first, int last) {
+  const int first_token = tile_token(item, first), last_token = tile_token(item, last);
+  // The head of a row of query token 0, were it the tile's first one.
+  const int head =
+      item.piece.kv_head * g.group_size + item.first_head + item.first_token * g.group_size;
+  return seeing_rows(first_token, head + first - first_token * g.group_size, last_token,
+                     head + last - last_token * g.group_size, item.piece.kv_head, g.group_size);
+}
+
 // Fill in what follows from an item's piece and its group_size.
 template <class Variant>
 __device__ __forceinline__ void describe_item(const AttentionParams& p, const WorkGeometry& g,
@@ -53,7 +66,7 @@ __device__ __forceinline__ void describe_item(const AttentionParams& p, const Wo
   item.scale = tile_row(p, g, item, 0).scale;
   if (p.soft_cap == 0.f) item.scale *= logit_unit<Variant>() / kLog2e;
   // A positive factor can wait until after the maximum is taken.
-  item.is_scale_only = !kHasScores<Variant> && item.scale > 0.f && is_scale_only(p);
+  item.is_scale_only = kScalesLate<Variant> && item.scale > 0.f && is_scale_only(p);
 }
 
 // The tokens of an item's piece that rows [first_row, first_row + num_rows) of its tile see.

@@ -39,6 +39,7 @@ struct ManyRowsTraits {
   static constexpr int kRowBlocks = kWarpRows / 16;  // an mma has 16 rows
   static constexpr bool kIsFp8Cache = kIsFp8<Kv>;
   static constexpr bool kTilesBeginEarly = false;  // before the piece that they are of
+  static constexpr bool kTilesAreAligned = false;
   // many_rows_sm90.cuh takes the place of this kernel on sm_90a.
   static constexpr bool kHasSm90 = has_sm90_head_dims(kQk, kVo, sizeof(Kv));
   static_assert(kWarpRows % 16 == 0 && kTokens % 16 == 0, "a warp computes in blocks of 16");
@@ -49,6 +50,11 @@ struct ManyRowsTraits {
   using KRows = SwizzledRows<kQk* int(sizeof(Q))>;
   using VRows = SwizzledRows<kVo* int(sizeof(Q))>;
 };
+
+// A mask of so many bits, up to 32.
+__device__ __forceinline__ uint32_t low_bits(int count) {
+  return static_cast<uint32_t>((uint64_t{1} << count) - 1);
+}
 
 // Where a token's rows begin in the caches, in elements from its head's first row; k < 0: nowhere.
 struct RowOffsets {

@@ -20,6 +20,8 @@ namespace fi {
 template <class Traits>
 class Sm90Computer {
   using Memory = Sm90Memory<Traits>;
+  using Unit = Sm90Unit<Traits>;
+  using Variant = typename Traits::Variant;
   using Q = typename Traits::Q;
   static constexpr int kTokens = Traits::kTokens;
 
@@ -39,7 +41,7 @@ class Sm90Computer {
     for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_full[place.index()]), place.parity());
       ptx::fence_async_proxy();  // of the query rows, which threads have copied
-      const Sm90Unit& unit = memory_.units[place.index()];
+      const Unit& unit = memory_.units[place.index()];
       if (!unit.exists) return;
       rows_.clear();
       if (unit.num_tiles > 0) attend(unit, place.index());
@@ -68,13 +70,13 @@ class Sm90Computer {
     ptx::named_barrier_arrive<2 * kGroupThreads>(kTurnBarrier + next);
   }
   // This warp's first row in the item's tile.
-  __device__ __forceinline__ static int first_row(const Sm90Unit& unit) {
+  __device__ __forceinline__ static int first_row(const Unit& unit) {
     return unit.first_row + fresh_thread() / kWarpSize * Traits::kWarpRows;
   }
 
   // What is left to do to scores when they have been made.
-  __device__ __forceinline__ static float score_scale(const Sm90Unit& unit) {
-    return unit.item.is_scale_only ? unit.item.scale : score_unit<typename Traits::Variant>();
+  __device__ __forceinline__ static float score_scale(const Unit& unit) {
+    return unit.item.is_scale_only ? unit.item.scale : score_unit<Variant>();
   }
 
   // Wait for a tile of K or V.
@@ -133,8 +135,9 @@ class Sm90Computer {
     sync_group();
   }
   // Boxes past the end are zeros already, and rows that are copied one by one are those of tokens.
-  __device__ __forceinline__ void clear_past_end(const Sm90Unit& unit, int token) const {
+  __device__ __forceinline__ void clear_past_end(const Unit& unit, int token) const {
     const int past_end = unit.tokens.end - token;
+    if (kSkipsTiles<Variant> && past_end >= kTokens) return;  // tiles after this one are left out
     const int box_tokens = params_.v.box_tokens;
     const int box_end = (past_end + box_tokens - 1) & -box_tokens;  // a power of two, or 0
     if (past_end >= box_end) return;
@@ -155,7 +158,7 @@ class Sm90Computer {
     constexpr float kLargest = Traits::kTokens / 4 * (1 << int(kMaxSlack));
     float sums[2];
     pack_weights<Traits>(s, scale, rows_.sums, weights, sums, wait);
-    if constexpr (!Traits::Variant::kUsesSoftmax) return;
+    if constexpr (!Variant::kUsesSoftmax) return;
     if (__any_sync(kFullWarp, fmaxf(sums[0], sums[1]) > kLargest)) {
       const bool is_large[2] = {max_over_row(sums[0]) > kLargest, max_over_row(sums[1]) > kLargest};
       move_maxima<Traits>(
@@ -170,7 +173,7 @@ class Sm90Computer {
   // Add the weighted values of the tile before, and compute the weights of this one. kIsFree: its
   // scores need but the scale.
   template <bool kIsFree>
-  __device__ __forceinline__ void step(const Sm90Unit& unit, int queries, int token,
+  __device__ __forceinline__ void step(const Unit& unit, int queries, int token,
                                        WeightTile<Traits>& weights) {
     const int stage = tile_.index();
     const FixedRingPlace<Traits::kStages> before = tile_before();
@@ -198,7 +201,7 @@ class Sm90Computer {
     ++tile_.n;
   }
 
-  __device__ __forceinline__ void first_step(const Sm90Unit& unit, int queries, int token,
+  __device__ __forceinline__ void first_step(const Unit& unit, int queries, int token,
                                              WeightTile<Traits>& weights) {
     const int stage = tile_.index();
     ScoreTile<Traits> s;
@@ -219,10 +222,9 @@ class Sm90Computer {
   }
 
   // Add the weighted values of the unit's first tokens, which were computed last.
-  __device__ __forceinline__ void last_step(const Sm90Unit& unit,
-                                            const WeightTile<Traits>& weights) {
+  __device__ __forceinline__ void last_step(const Unit& unit, const WeightTile<Traits>& weights) {
     const FixedRingPlace<Traits::kStages> before = tile_before();
-    const int before_begin = unit.tokens.begin - unit.first_token;
+    const int before_begin = unit.tokens.begin - unit.tile_token(0);
     wait_for_tile(memory_.v_full[before.index()], before);
     if (before_begin > 0) clear_values(0, before_begin, before.index());
     multiply_values(weights, before.index());
@@ -232,13 +234,14 @@ class Sm90Computer {
   }
 
   // Whether the scores of a tile need but the scale. A variant makes scores of every tile's logits.
-  __device__ __forceinline__ bool is_free(const Sm90Unit& unit, int token) const {
-    if constexpr (kHasScores<typename Traits::Variant>) return false;
+  __device__ __forceinline__ bool is_free(const Unit& unit, int token) const {
+    if constexpr (kHasScores<Variant>) return false;
     const KvRange& free = unit.free[group_];
     return token >= free.begin && token + kTokens <= free.end;
   }
 
-  __device__ __forceinline__ void attend(const Sm90Unit& unit, int queries) {
+  __device__ __forceinline__ void attend(const Unit& unit, int queries) {
+    if constexpr (kSkipsTiles<Variant>) return attend_seen(unit, queries);
     const int first_token = unit.first_token;
     int token = first_token + (unit.num_tiles - 1) * kTokens;
     WeightTile<Traits> weights;
@@ -263,11 +266,32 @@ class Sm90Computer {
     last_step(unit, weights);
   }
 
-  __device__ __forceinline__ void end_unit(const Sm90Unit& unit) {
+  // The same, of some of the tiles.
+  __device__ __forceinline__ void attend_seen(const Unit& unit, int queries) {
+    const KvRange& free = unit.free[group_];
+    int n = unit.num_tiles - 1;
+    int token = unit.tile_token(n);
+    WeightTile<Traits> weights;
+    first_step(unit, queries, token, weights);
+#pragma unroll 1
+    for (--n; n >= 0; --n) {
+      const SeenTile tile = unit.seen_tile(n);
+      token = unit.first_token + tile.index() * kTokens;
+      if (kScalesLate<Variant> && tile.is_free() && token >= free.begin &&
+          token + kTokens <= free.end) {
+        step<true>(unit, queries, token, weights);
+      } else {
+        step<false>(unit, queries, token, weights);
+      }
+    }
+    last_step(unit, weights);
+  }
+
+  __device__ __forceinline__ void end_unit(const Unit& unit) {
     const WorkPiece& piece = unit.item.piece;
     const int first = first_row(unit);
     rows_.sums.add_lanes();
-    if (kKeepsParts<typename Traits::Variant> || piece.whole()) {
+    if (kKeepsParts<Variant> || piece.whole()) {
       write_output<Traits>(p_, memory_.geometry(), unit.item, first, rows_);
       return;
     }

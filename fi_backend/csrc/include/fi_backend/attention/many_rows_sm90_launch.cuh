@@ -62,7 +62,7 @@ struct ManyRowsSm90Kernel {
   static void set_maps(ManyRowsSm90Params& p, int64_t num_pages) {
     const AttentionParams& a = p.attention;
     const bool is_ragged = a.pages.is_ragged();
-    int32_t tokens = Traits::kTokens < kMaxBoxTokens ? Traits::kTokens : kMaxBoxTokens;
+    int32_t tokens = kMaxBoxTokens;
     while (!is_ragged && a.pages.page_size % tokens != 0) tokens /= 2;
     if (tokens < kMinBoxTokens) return;
     using K = typename Traits::LoadedK;
@@ -80,8 +80,12 @@ struct ManyRowsSm90Kernel {
     p.v = cache(entry.maps[1], v_shape, a.v_strides);
   }
 
-  // Workers cut items at multiples of 64 tokens: larger boxes would load tokens of others.
-  static constexpr int kMaxBoxTokens = 64;
+  // Workers cut items at multiples of 64 tokens: larger boxes would load tokens of others. Where
+  // tiles are left out, boxes are of tokens of which all are seen or none.
+  static constexpr int kSeen = kSeenTogether<typename Traits::Variant>;
+  static constexpr int kMaxBoxTokens =
+      kSkipsTiles<typename Traits::Variant> && (kSeen & -kSeen) < 64 ? kSeen & -kSeen : 64;
+  static_assert(kMaxBoxTokens <= Traits::kTokens);
   static constexpr int kMinBoxTokens = 16;
 
   // Heads and their parts are one dimension.

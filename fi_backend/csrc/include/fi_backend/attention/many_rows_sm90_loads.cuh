@@ -16,20 +16,28 @@ namespace fi {
 template <class Traits>
 class Sm90Loader {
   using Memory = Sm90Memory<Traits>;
+  using Unit = Sm90Unit<Traits>;
   using Place = FixedRingPlace<Traits::kUnits>;
   using TilePlace = FixedRingPlace<Traits::kLoadedStages>;
   using Q = typename Traits::Q;
   using Kv = typename Traits::Kv;
+  static constexpr bool kSkips = kSkipsTiles<typename Traits::Variant>;
   static constexpr int kWarps = kGroupThreads / kWarpSize;
   static constexpr int kBoxWarps = 2;  // one starts copies of K, the other of V
   static constexpr int kFindingWarp = kBoxWarps;
   static constexpr int kTilesAhead = 2;  // that remain to be loaded when the next unit is wanted
+  static constexpr int kLookedAtMeanwhile = 32;  // tiles, by a warp, while one is computed
   static constexpr int kGatherRows = Traits::kTokens / kWarps;  // of a warp
   // The last tiles of a unit, if it has more, are gathered only when the next one has been found,
-  // where there is a place for it. Beside warps that widen there are no registers for that.
-  static constexpr int kLastTiles = Traits::kUnits > 1 && !Traits::kIsFp8Cache ? kTilesAhead : 0;
+  // where there is a place for it. Beside warps that widen there are no registers for that, nor
+  // beside a third group that computes where tiles are left out.
+  static constexpr bool kHasRegisters = !Traits::kIsFp8Cache && !(kSkips && Traits::kGroups == 3);
+  static constexpr int kLastTiles = Traits::kUnits > 1 && kHasRegisters ? kTilesAhead : 0;
 
  public:
+  static_assert(Traits::kIsFp8Cache || Traits::kLoadedStages == Traits::kStages,
+                "tiles are computed where they are loaded");
+
   __device__ __forceinline__ Sm90Loader(const ManyRowsSm90Params& params, Memory& memory)
       : params_(params),
         p_(params.attention),
@@ -53,16 +61,18 @@ class Sm90Loader {
       if (is_finding()) {
         // A search takes all registers that small heads leave: keep the place in shared memory.
         memory_.found_units = place.n;
+        if constexpr (kSkips) put_aside();
         find_unit(place);
         asm volatile("" ::: "memory");
         place.n = memory_.found_units;
+        if constexpr (kSkips) take_back();
       }
       if (!params_.has_maps()) {
         if (!gather_unit(place)) return;
         continue;
       }
       ptx::mbarrier_wait(address(memory_.unit_found[place.index()]), place.parity());
-      Sm90Unit& unit = memory_.units[place.index()];
+      Unit& unit = memory_.units[place.index()];
       if (warp() >= kBoxWarps) {
         copy_queries(unit, place, warp() - kBoxWarps, kWarps - kBoxWarps);
         describe_groups(unit, place);
@@ -103,7 +113,7 @@ class Sm90Loader {
       Place at = place;
       if constexpr (kLastTiles > 0) asm volatile("" : "+r"(at.n));
       if (!is_this) --at.n;
-      Sm90Unit& unit = memory_.units[at.index()];
+      Unit& unit = memory_.units[at.index()];
       int first = kLastTiles, last = 0;
       if (is_this) {
         ptx::mbarrier_wait(address(memory_.unit_found[at.index()]), at.parity());
@@ -120,6 +130,20 @@ class Sm90Loader {
     return true;
   }
 
+  // What a warp knows of the line of tiles, where it tells itself of rows to copy.
+  __device__ __forceinline__ uint64_t& aside() const {
+    return memory_.copied_rows[warp()][0][lane()];
+  }
+  __device__ __forceinline__ void put_aside() const {
+    __syncwarp();
+    aside() = uint64_t{tile_.n} << 1 | uint64_t{has_last_tiles_};
+  }
+  __device__ __forceinline__ void take_back() {
+    const uint64_t known = aside();
+    tile_.n = static_cast<uint32_t>(known >> 1);
+    has_last_tiles_ = kLastTiles > 0 && known & 1;
+  }
+
   // Find the unit for a place as soon as that is free and, so that it goes to the block that needs
   // it first, not long before the one at hand ends.
   __device__ __forceinline__ void find_unit(const Place& place) const {
@@ -129,13 +153,18 @@ class Sm90Loader {
       }
       ptx::mbarrier_wait(address(memory_.unit_empty[place.index()]), place.empty_parity());
       units_.next();
-      ptx::mbarrier_arrive(address(memory_.unit_found[place.index()]));
+      if constexpr (!kSkips) ptx::mbarrier_arrive(address(memory_.unit_found[place.index()]));
     }
     __syncwarp();
+    if constexpr (kSkips) {
+      units_.list_seen_tiles(memory_.units[place.index()]);
+      if (lane() == 0) ptx::mbarrier_arrive(address(memory_.unit_found[place.index()]));
+      __syncwarp();
+    }
   }
 
   // While the query rows are on their way.
-  __device__ __forceinline__ void describe_groups(Sm90Unit& unit, const Place& place) const {
+  __device__ __forceinline__ void describe_groups(Unit& unit, const Place& place) const {
     if (!is_finding()) return;
     if (lane() < Traits::kGroups && unit.exists) units_.describe_group(unit, lane());
     __syncwarp();
@@ -143,7 +172,7 @@ class Sm90Loader {
   }
 
   // Start copying query rows of a unit, as warp `rank` of `num_warps` that do so.
-  __device__ __forceinline__ void copy_queries(const Sm90Unit& unit, const Place& place, int rank,
+  __device__ __forceinline__ void copy_queries(const Unit& unit, const Place& place, int rank,
                                                int num_warps) {
     if (unit.exists) {
       const Q* q = static_cast<const Q*>(p_.q);
@@ -165,7 +194,7 @@ class Sm90Loader {
   }
 
   // The id of the page that holds a token, which is one of the unit. pages: of its request.
-  __device__ __forceinline__ int find_page(const Sm90Unit& unit, const int32_t* pages,
+  __device__ __forceinline__ int find_page(const Unit& unit, const int32_t* pages,
                                            int token) const {
     const int page = params_.page_size(token);
     return pages != nullptr ? pages[page] : p_.pages.indptr[unit.item.piece.request] + page;
@@ -174,6 +203,13 @@ class Sm90Loader {
     return token - static_cast<int>(params_.page_size(token)) * p_.pages.page_size;
   }
 
+  // Tiles that remain besides where tiles are left out: stages that small ones have more, and what
+  // is computed while a warp looks at as many tiles as the unit has.
+  __device__ __forceinline__ static int more_tiles_ahead(const Unit& unit) {
+    if constexpr (!kSkips) return 0;
+    const int num_tokens = unit.tokens.end - unit.first_token;
+    return Traits::kStages - kTilesAhead + num_tokens / (Traits::kTokens * kLookedAtMeanwhile);
+  }
   __device__ __forceinline__ static void want_unit(uint32_t wanted) {
     if (wanted != 0 && lane() == 0) ptx::mbarrier_arrive(wanted);
   }
@@ -184,7 +220,7 @@ class Sm90Loader {
   // All blocks begin at once, and what they ask for at once arrives at once. So the block's first
   // tile of K, which is needed first, comes before all others.
   template <class Ring>
-  __device__ __forceinline__ void load_boxes(const Sm90Unit& unit, const Sm90Cache& cache,
+  __device__ __forceinline__ void load_boxes(const Unit& unit, const Sm90Cache& cache,
                                              const Ring& ring, uint32_t wanted) {
     using Tile = typename Ring::Tile;
     if (!unit.exists) return;
@@ -196,14 +232,16 @@ class Sm90Loader {
     const int head = unit.item.piece.kv_head;
     const uint32_t offset = Tile::Blocks::offset(first, part * Tile::Blocks::Rows::kChunks);
     const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
-    // Boxes past the last token or before the first are outside of the map, which makes them zeros.
+    // Boxes past the last token or before the first, and those that nobody sees, are outside of the
+    // map, which makes them zeros.
     const auto page_of = [&](int tile) {
-      const int token = unit.first_token + tile * Traits::kTokens + first;
+      const int token = unit.tile_token(tile) + first;
       if (token >= unit.tokens.end || token + cache.box_tokens <= unit.tokens.begin) return -1;
+      if (!unit.seen_tile(tile).has(first, cache.box_tokens)) return -1;
       return is_ragged() ? 0 : find_page(unit, pages, token);
     };
     int n = unit.num_tiles - 1;
-    const int tiles_ahead = min(n, kTilesAhead);
+    const int tiles_ahead = min(n, kTilesAhead + more_tiles_ahead(unit));
     if (n < 0) want_unit(wanted);
     int next_page = n < 0 ? 0 : page_of(n);
 #pragma unroll 1
@@ -211,7 +249,7 @@ class Sm90Loader {
       const int page = next_page;
       if (n == tiles_ahead) want_unit(wanted);
       if (n > 0) next_page = page_of(n - 1);
-      const int token = unit.first_token + n * Traits::kTokens + first;
+      const int token = unit.tile_token(n) + first;
       const int row =
           is_ragged() ? p_.pages.indptr[unit.item.piece.request] + token : token_in_page(token);
       ptx::BoxPlace at = {part * Tile::kColumns, row, 0, head, page};
@@ -243,7 +281,7 @@ class Sm90Loader {
   // num_tiles down to 0 in all. Where rows of K and V lie is found out at once, and page ids are
   // read a tile before that. K is kKeysAhead tiles ahead of V: it is wanted a step earlier, and its
   // place is free a step earlier, but where both are to be widened.
-  __device__ __forceinline__ void gather_tiles(const Sm90Unit& unit, int first, int last) {
+  __device__ __forceinline__ void gather_tiles(const Unit& unit, int first, int last) {
     const int32_t* pages = p_.pages.pages_of(unit.item.piece.request);
     int page = first > 0 ? find_page(unit, pages, gathered_token(unit, first - 1)) : 0;
 #pragma unroll 1
@@ -267,7 +305,7 @@ class Sm90Loader {
     return 1 + tile % (1 + Traits::kKeysAhead);
   }
   // Tell the warp where K and V of this lane's token of a tile lie, on the page that holds it.
-  __device__ __forceinline__ void share_token(const Sm90Unit& unit, int tile, int page) const {
+  __device__ __forceinline__ void share_token(const Unit& unit, int tile, int page) const {
     const int in_page = token_in_page(gathered_token(unit, tile));
     const auto row = [&](const void* cache, const KvStrides& strides) {
       return static_cast<const Kv*>(cache) + unit.item.piece.kv_head * strides.head +
@@ -278,10 +316,20 @@ class Sm90Loader {
   }
 
   // The token that this lane looks up for its warp: the unit's last one stands in for those past
-  // its end.
-  __device__ __forceinline__ int gathered_token(const Sm90Unit& unit, int tile) const {
-    const int in_tile = tile * Traits::kTokens + warp() * kGatherRows + lane() % kGatherRows;
-    return max(min(unit.first_token + in_tile, unit.tokens.end - 1), unit.tokens.begin);
+  // its end, and one that is seen for those that nobody sees.
+  __device__ __forceinline__ int gathered_token(const Unit& unit, int tile) const {
+    const auto in_unit = [&](int token) {
+      return max(min(token, unit.tokens.end - 1), unit.tokens.begin);
+    };
+    const auto seen = unit.seen_tile(tile);
+    const int in_tile =
+        seen.index() * Traits::kTokens + warp() * kGatherRows + lane() % kGatherRows;
+    const int token = in_unit(unit.first_token + in_tile);
+    if constexpr (kSkips) {
+      const int begin = unit.first_token + seen.index() * Traits::kTokens;
+      if (!seen.has(token - begin, kSeenChunk)) return in_unit(begin + seen.first_seen());
+    }
+    return token;
   }
 
   // Start copying this warp's rows of a tile once its place is empty.

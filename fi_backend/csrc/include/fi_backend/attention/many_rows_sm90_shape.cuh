@@ -8,6 +8,7 @@
 #pragma once
 
 #include <fi_backend/attention/many_rows_shape.h>
+#include <fi_backend/attention/seen_blocks.h>
 
 #include <fi_backend/attention/many_rows_shape.cuh>
 #include <fi_backend/attention/ring_place.cuh>
@@ -73,7 +74,6 @@ struct Sm90CacheTraits {
   using Weight = Q;
   template <int kDim, int kTokens>
   using LoadedTile = Sm90Tile<kDim, kTokens>;
-  static constexpr int kLoadedStages = 2;
   static constexpr int kKeysAhead = 1;  // tiles that K is loaded ahead of V
   static constexpr int kLoadGroups = 1;
 };
@@ -81,7 +81,6 @@ struct Sm90Fp8Traits {
   using Weight = __half;  // fp8 is exact in fp16, and one instruction away from it
   template <int kDim, int kTokens>
   using LoadedTile = Sm90NarrowTile<kDim, kTokens>;
-  static constexpr int kLoadedStages = 1;
   static constexpr int kKeysAhead = 0;
   static constexpr int kLoadGroups = 2;  // the other one widens
 };
@@ -103,10 +102,18 @@ struct Sm90Traits : Sm90CacheTraits<Q_, Kv_> {
   static constexpr int kQk = kHeadDimQk;
   static constexpr int kVo = kHeadDimVo;
   static constexpr int kWidest = kQk > kVo ? kQk : kVo;
-  // Wide heads take more shared memory for a token, and more registers for outputs.
-  static constexpr int kTokens = kWidest <= 128 ? 128 : 64;
-  static constexpr int kStages = 2;
-  static constexpr int kUnits = kWidest <= 192 ? 2 : 1;  // that are known ahead, with query rows
+  // Wide heads take more shared memory for a token, and more registers for outputs. Tiles of which
+  // some are left out are as small as what is seen together, or most would be seen in part; but not
+  // beside the one narrow tile of an fp8 cache, which each of them would wait for.
+  static constexpr bool kHasSmallTiles =
+      kSkipsTiles<Variant> && kSeenTogether<Variant> % 128 != 0 && !kIsFp8Cache;
+  static constexpr int kTokens = kWidest <= 128 && !kHasSmallTiles ? 128 : 64;
+  static constexpr int kStages = kWidest <= 128 ? 256 / kTokens : 2;
+  static constexpr int kLoadedStages = kIsFp8Cache ? 1 : kStages;
+  // Units that are known ahead, with query rows. Beside narrow tiles, the place of one is taken by
+  // the list of seen tiles.
+  static constexpr bool kHasRoom = !(kIsFp8Cache && kWidest > 64 && kSkipsTiles<Variant>);
+  static constexpr int kUnits = kWidest <= 192 && kHasRoom ? 2 : 1;
   static constexpr int kGroups = sm90_tile_rows(kQk, kVo, sizeof(Kv)) / kGroupRows;  // that compute
   static constexpr int kUnitRows = kGroups * kGroupRows;
   static constexpr int kComputeThreads = kGroups * kGroupThreads;
@@ -121,6 +128,7 @@ struct Sm90Traits : Sm90CacheTraits<Q_, Kv_> {
   static constexpr int kWarpRows = 16;
   static constexpr int kRowBlocks = 1;
   static constexpr bool kTilesBeginEarly = true;  // where boxes of the copy engine do
+  static constexpr bool kTilesAreAligned = kSkipsTiles<Variant>;  // to their size
   static_assert(kTileRows >= kUnitRows, "there is room for the parts of a tile");
   static_assert(kQk % 16 == 0 && kVo % 16 == 0, "a wgmma has 16 inputs");
 
@@ -132,17 +140,72 @@ struct Sm90Traits : Sm90CacheTraits<Q_, Kv_> {
   static constexpr int kGroupQueryBytes = KTile::kParts * kGroupRows * PartRows::kRowBytes;
 };
 
+// A tile of a unit, as its rows see it: in chunks of kSeenChunk tokens.
+struct SeenTile {
+  static constexpr int kMaxChunks = 8;
+
+  uint32_t word;  // of chunks that some row sees, a bit each; whether all rows see all; the index
+
+  __device__ __forceinline__ static SeenTile make(int index, uint32_t chunks, bool is_free) {
+    return {uint32_t(index) << (kMaxChunks + 1) | uint32_t{is_free} << kMaxChunks | chunks};
+  }
+  // Not looked at.
+  __device__ __forceinline__ static SeenTile unknown(int index) {
+    return make(index, (1u << kMaxChunks) - 1, false);
+  }
+  __device__ __forceinline__ int index() const { return word >> (kMaxChunks + 1); }
+  // Whether the variant hides nothing.
+  __device__ __forceinline__ bool is_free() const { return word >> kMaxChunks & 1; }
+  // Whether some row sees some of the `count` tokens from `first` on, both multiples of a chunk.
+  __device__ __forceinline__ bool has(int first, int count) const {
+    return (word >> first / kSeenChunk & ((1u << count / kSeenChunk) - 1)) != 0;
+  }
+  __device__ __forceinline__ int first_seen() const { return (__ffs(word) - 1) * kSeenChunk; }
+};
+
+// Tile n of those of a unit that are computed: any, of most variants.
+template <bool kSkips>
+struct SeenTiles {
+  struct Tile {
+    int n;
+    __device__ __forceinline__ int index() const { return n; }
+    __device__ __forceinline__ bool has(int, int) const { return true; }
+  };
+  __device__ __forceinline__ static Tile tile(int n, int /*num_tiles*/) { return {n}; }
+};
+// Those that some row sees, as far as the list goes, from the last one on; before them all.
+template <>
+struct SeenTiles<true> {
+  static constexpr int kMaxListed = 2048;
+
+  SeenTile listed[kMaxListed];
+  int32_t num_listed;
+  SeeingRows rows;  // of the unit
+
+  __device__ __forceinline__ SeenTile tile(int n, int num_tiles) const {
+    const int place = num_tiles - 1 - n;
+    return place < num_listed ? listed[place] : SeenTile::unknown(n);
+  }
+};
+
 // Work of a CTA at a time: some rows of an item and the tokens of its piece that they see.
-struct Sm90Unit {
+template <class Traits>
+struct Sm90Unit : SeenTiles<kSkipsTiles<typename Traits::Variant>> {
   ManyRowsItem item;
   int32_t first_row;    // of the item's tile
   int32_t first_token;  // of the first of the tiles; what is before tokens.begin is masked
-  int32_t num_tiles;
+  int32_t num_tiles;    // that are computed
   KvRange tokens;
   KvRange free[kMaxGroups];      // tokens whose scores need but the scale, for each group's rows
   KvRange unmasked[kMaxGroups];  // and those that all of its rows see
   bool is_last;                  // of its item
   bool exists;
+
+  // Tile n of those that are computed, and where it begins.
+  __device__ __forceinline__ auto seen_tile(int n) const { return this->tile(n, num_tiles); }
+  __device__ __forceinline__ int tile_token(int n) const {
+    return first_token + seen_tile(n).index() * Traits::kTokens;
+  }
 };
 
 // Where the search for units stands.
@@ -178,7 +241,7 @@ struct alignas(1024) Sm90Memory {
   uint8_t k[Traits::kStages][Traits::KTile::kBytes];
   uint8_t v[Traits::kStages][Traits::VTile::kBytes];
   NarrowTiles<Traits> narrow;
-  Sm90Unit units[Traits::kUnits];
+  Sm90Unit<Traits> units[Traits::kUnits];
   // Where rows lie that are copied one by one, by each warp that does so: query rows or those of K,
   // and of each tile of V from which K is loaded on.
   uint64_t copied_rows[kGroupThreads / kWarpSize][2 + Traits::kKeysAhead][kWarpSize];

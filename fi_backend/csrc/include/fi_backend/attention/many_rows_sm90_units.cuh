@@ -13,6 +13,8 @@ namespace fi {
 template <class Traits>
 class Sm90Units {
   using Memory = Sm90Memory<Traits>;
+  using Unit = Sm90Unit<Traits>;
+  using Variant = typename Traits::Variant;
 
  public:
   __device__ __forceinline__ Sm90Units(const ManyRowsSm90Params& params, Memory& memory)
@@ -34,9 +36,9 @@ class Sm90Units {
     if (search().next_row >= item.piece.num_rows) {
       search().next_row = 0;
       item.exists = search().walk.next(p_, g, item.group_size, item.piece, item.holders);
-      if (item.exists) describe_item<typename Traits::Variant>(p_, g, item);
+      if (item.exists) describe_item<Variant>(p_, g, item);
     }
-    Sm90Unit& unit = memory_.units[memory_.found_units % Traits::kUnits];
+    Unit& unit = memory_.units[memory_.found_units % Traits::kUnits];
     unit.num_tiles = 0;
     unit.exists = item.exists;
     if (!item.exists) return;
@@ -48,7 +50,7 @@ class Sm90Units {
   }
 
   // What a group needs to know, beside that which copies wait for.
-  __device__ __forceinline__ void describe_group(Sm90Unit& unit, int group) const {
+  __device__ __forceinline__ void describe_group(Unit& unit, int group) const {
     const int row = unit.first_row + group * kGroupRows;
     KvRange all = rows_range(p_, memory_.geometry(), unit.item, row, kGroupRows).all;
     // Nobody writes what a group without rows computes, but all wait for it: no masks.
@@ -58,7 +60,55 @@ class Sm90Units {
     unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
   }
 
+  // Leave out the tiles that no row of a unit sees. A warp calls this, of which each lane looks at
+  // a tile. Small heads leave it few registers: what it knows is in shared memory.
+  __device__ __forceinline__ void list_seen_tiles(Unit& unit) const {
+    if (lane() == 0) {
+      const int last_row = min(unit.first_row + Traits::kUnitRows, unit.item.piece.num_rows) - 1;
+      unit.rows = tile_rows(memory_.geometry(), unit.item, unit.first_row, last_row);
+      unit.num_listed = 0;
+    }
+    __syncwarp();
+    int left = unit.num_tiles;
+#pragma unroll 1
+    for (; left > 0 && unit.num_listed + kWarpSize <= Unit::kMaxListed; left -= kWarpSize) {
+      const SeenTile tile = look_at(unit, left - 1 - lane());
+      const uint32_t seen = __ballot_sync(kFullWarp, tile.word != 0);
+      const int num_listed = unit.num_listed;
+      if (tile.word != 0) unit.listed[num_listed + __popc(seen & low_bits(lane()))] = tile;
+      __syncwarp();
+      if (lane() == 0) unit.num_listed = num_listed + __popc(seen);
+      __syncwarp();
+    }
+    if (lane() == 0) unit.num_tiles = unit.num_listed + max(left, 0);
+    __syncwarp();
+  }
+
  private:
+  __device__ __forceinline__ static int lane() { return fresh_thread() % kWarpSize; }
+
+  // What some rows of a unit see of a tile, which may be before its first one; 0 if that is
+  // nothing.
+  __device__ __forceinline__ SeenTile look_at(const Unit& unit, int index) const {
+    constexpr int kBlock = kSeenTogether<Variant>;
+    static_assert(Traits::kTokens <= SeenTile::kMaxChunks * kSeenChunk);
+    const int begin = unit.first_token + index * Traits::kTokens;
+    const int end = min(begin + Traits::kTokens, unit.tokens.end);
+    uint32_t chunks = 0;
+    bool is_free = true;
+#pragma unroll 1
+    for (int key = max(begin, unit.tokens.begin), next; key < end; key = next) {
+      next = (key / kBlock + 1) * kBlock;
+      asm volatile("" ::: "memory");  // small heads leave no registers to keep the rows in
+      const Sight sight = sight_of(variant_of<Variant>(p_), unit.item.piece, unit.rows, key);
+      is_free &= sight.all;
+      if (!sight.some) continue;
+      const int last = min(next, end) - 1;
+      chunks |= low_bits((last - begin) / kSeenChunk + 1) & ~low_bits((key - begin) / kSeenChunk);
+    }
+    return chunks == 0 ? SeenTile{0} : SeenTile::make(index, chunks, is_free);
+  }
+
   // Some words at a time: there are no registers for all of them.
   __device__ __forceinline__ static void copy_item(const ManyRowsItem& from, ManyRowsItem& to) {
     constexpr int kWords = sizeof(ManyRowsItem) / sizeof(int32_t);
@@ -70,13 +120,16 @@ class Sm90Units {
 
   __device__ __forceinline__ Sm90Search& search() const { return memory_.search; }
 
-  __device__ __forceinline__ void set_tokens(const WorkGeometry& g, Sm90Unit& unit) const {
+  __device__ __forceinline__ void set_tokens(const WorkGeometry& g, Unit& unit) const {
     const KvRange tokens = rows_range(p_, g, unit.item, unit.first_row, Traits::kUnitRows).some;
     // Boxes begin where a page is a multiple of them. Where pieces are never cut, tiles begin at
     // multiples of their size, or those of a windowed row would lie where the rows beside it want
-    // them.
+    // them; where some are left out, so that few blocks of keys that are seen together lie in one.
+    const bool begins_with_tile = kSkipsTiles<Variant> || g.split < 0;
     const bool begins_with_box = params_.has_maps() && p_.pages.page_size > 1;
-    const int step = g.split < 0 ? Traits::kTokens : begins_with_box ? params_.k.box_tokens : 1;
+    const int step = begins_with_tile  ? Traits::kTokens
+                     : begins_with_box ? params_.k.box_tokens
+                                       : 1;
     const int early = tokens.begin & (step - 1);  // a power of two
     const int first_token = tokens.begin - early;
     unit.tokens = tokens;

@@ -25,7 +25,7 @@ class Sm90Widener {
   __device__ __forceinline__ void run() {
     for (FixedRingPlace<Traits::kUnits> place;; ++place.n) {
       ptx::mbarrier_wait(address(memory_.unit_found[place.index()]), place.parity());
-      const Sm90Unit& unit = memory_.units[place.index()];
+      const Sm90Unit<Traits>& unit = memory_.units[place.index()];
       if (!unit.exists) return;
 #pragma unroll 1
       for (const uint32_t end = tiles_ + unit.num_tiles; tiles_ != end; ++tiles_) {

@@ -124,9 +124,6 @@ __device__ __forceinline__ int scores_before(int end) {
   const int clamped = min(max(end, 0), Traits::kTokens);
   return clamped / 8 * 2 + min(clamped % 8, 2);
 }
-__device__ __forceinline__ uint32_t low_bits(int count) {
-  return static_cast<uint32_t>((uint64_t{1} << count) - 1);
-}
 
 // Put -inf where a row does not see a token, or where the piece has none. Which those are is found
 // out for a row at a time and kept in bits: registers are full of scores and outputs.
@@ -181,7 +178,10 @@ __device__ __forceinline__ uint32_t seen_bits(const PieceVariant<typename Traits
   uint32_t bits = 0;
   if constexpr (kBlock > 8) {
     // A tile may begin inside of a block, and its last blocks may have no key.
-    constexpr int kBlocks = (Traits::kTokens + kBlock - 2) / kBlock + 1;
+    constexpr bool kFits = Traits::kTokens % kBlock == 0 || kBlock % Traits::kTokens == 0;
+    constexpr int kBlocks = Traits::kTilesAreAligned && kFits
+                                ? (Traits::kTokens + kBlock - 1) / kBlock
+                                : (Traits::kTokens + kBlock - 2) / kBlock + 1;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
       const int begin = (token / kBlock + n) * kBlock;

@@ -8,7 +8,9 @@
 //   bool sees(const Pair& at) const;                  false hides the key from the row; beside it,
 //                                                     static constexpr int kKeysSeenTogether = n
 //                                                     says that it is the same for keys i * n to
-//                                                     i * n + n - 1
+//                                                     i * n + n - 1, and kQueriesSeeAlike = n that
+//                                                     it is for all queries of a head of which
+//                                                     position() / n is the same
 //   float weight(float logit, const Pair& at) const;  with kUsesSoftmax = false alone: out is the
 //                                                     sum of weight * v, which nothing normalises
 //   float output(float value, const Row& row, int dim) const;  another value for out[row, dim]
@@ -88,6 +90,20 @@ template <class Variant>
 inline constexpr int kSeenTogether<Variant, detail::Void<decltype(Variant::kKeysSeenTogether)>> =
     Variant::kKeysSeenTogether;
 
+// Queries of an aligned block, by position(), of which a head sees the same keys.
+template <class Variant, class = void>
+inline constexpr int kSeeAlike = 1;
+template <class Variant>
+inline constexpr int kSeeAlike<Variant, detail::Void<decltype(Variant::kQueriesSeeAlike)>> =
+    Variant::kQueriesSeeAlike;
+
+// Whether keys that no row of a tile sees are left out, which few questions must tell. Tiles are
+// told of kSeenChunk keys at a time.
+inline constexpr int kSeenChunk = 16;
+template <class Variant>
+inline constexpr bool kSkipsTiles = kHasMask<Variant> && kSeenTogether<Variant> % kSeenChunk == 0 &&
+                                    kSeeAlike<Variant> >= kSeenChunk;
+
 template <class Variant, class = void>
 inline constexpr bool kHasWeight = false;
 template <class Variant>
@@ -108,6 +124,11 @@ FI_HOST_DEVICE constexpr float logit_unit() {
 template <class Variant>
 inline constexpr bool kHasScores = kHasLogit<Variant> || kHasMask<Variant> || kHasWeight<Variant>;
 
+// True where a score that a row sees may be a product that is still to be scaled.
+template <class Variant>
+inline constexpr bool kScalesLate =
+    !kHasScores<Variant> || (kSkipsTiles<Variant> && !kHasLogit<Variant> && !kHasWeight<Variant>);
+
 // Rendered behind a variant's definition, so that mistakes are told in its author's terms.
 template <class Variant>
 constexpr bool check_variant() {
@@ -116,6 +137,7 @@ constexpr bool check_variant() {
   static_assert(kHasWeight<Variant> == !Variant::kUsesSoftmax,
                 "weight() takes the place of softmax: write it if, and only if, use_softmax=False");
   static_assert(kSeenTogether<Variant> > 0, "kKeysSeenTogether is a number of keys");
+  static_assert(kSeeAlike<Variant> > 0, "kQueriesSeeAlike is a number of queries");
   static_assert(sizeof(Variant) <= kMaxVariantBytes, "too many tensors and scalars");
   return true;
 }

@@ -5,6 +5,7 @@
 #include <fi_backend/attention/cpu/query_tile.h>
 #include <fi_backend/attention/cpu/scores.h>
 #include <fi_backend/attention/cpu/variant_scores.h>
+#include <fi_backend/attention/seen_blocks.h>
 #include <fi_backend/plan/group_rows.h>
 
 #include <cassert>
@@ -60,14 +61,12 @@ class Attend {
       std::fill_n(block.sum, block.num_lanes(), 0.0f);
     }
     std::fill_n(is_empty_, Shape::kNumBlocks, true);
-    for (int32_t key = tokens.begin; key < tokens.end;) {
-      const KeyRange keys = tile_of(piece_, {key, tokens.end});
+    for (KeyRange keys = seen_tile(tokens); keys.count > 0;) {
       keys_.load(keys, angles_);
-      key += keys.count;
-      if constexpr (Shape::kLine == kFewRows) {
-        keys_.look_ahead(key < tokens.end ? tile_of(piece_, {key, tokens.end}) : next);
-      }
+      const KeyRange after = seen_tile({keys.first + keys.count, tokens.end});
+      if constexpr (Shape::kLine == kFewRows) keys_.look_ahead(after.count > 0 ? after : next);
       attend_tile(keys);
+      keys = after;
     }
     for (int b = 0; b < queries_.num_blocks(); ++b) {
       fold_sums(queries_.block(b));
@@ -124,7 +123,7 @@ class Attend {
       const float* o = o_row(row);
       Out* out = static_cast<Out*>(params_.out) + token * params_.out_row_stride +
                  packed.head * params_.out_head_stride;
-      const BlockVariant<Variant> variant(params_, piece_, &packed);
+      const BlockVariant<Variant> variant(params_, piece_, &packed, false);
       for_each_vector(Shape::kVo, [&](int d, int count) {
         float values[kLanes];
         store(values, factor == 0.0f ? VecF{} : load(o + d) * factor);
@@ -200,14 +199,58 @@ class Attend {
     return scale / sum * v_scale;
   }
 
+  // The first tile of some of the item's keys; of those that no row sees, none.
+  KeyRange seen_tile(KvRange tokens) const {
+    if constexpr (kSkipsTiles<Variant>) {
+      const auto is_seen = [&](int32_t key) { return sight(0, piece_.num_rows, key).some; };
+      while (tokens.begin < tokens.end && !is_seen(tokens.begin)) {
+        tokens.begin = std::min(block_end(tokens.begin), tokens.end);
+      }
+      int32_t end = tokens.begin;
+      const KeyRange tile = tile_of(piece_, tokens);
+      while (end < tile.first + tile.count && (end == tokens.begin || is_seen(end))) {
+        end = std::min(block_end(end), tokens.end);
+      }
+      tokens.end = end;
+    }
+    return tile_of(piece_, tokens);
+  }
+  // Of keys that are seen together.
+  static int32_t block_end(int32_t key) {
+    return (key / kSeenTogether<Variant> + 1) * kSeenTogether<Variant>;
+  }
+  // What `num_rows` rows from `first` on see of a key.
+  Sight sight(int first, int num_rows, int32_t key) const {
+    const PackedRow& begin = queries_.packed_row(first);
+    const PackedRow& last = queries_.packed_row(first + num_rows - 1);
+    const SeeingRows rows = seeing_rows(begin.token, begin.head, last.token, last.head,
+                                        piece_.kv_head, geometry_.group_size);
+    return sight_of(variant_of<Variant>(params_), piece_, rows, key);
+  }
+  // And of some keys.
+  Sight sight(int first, int num_rows, const KeyRange& keys) const {
+    Sight all = {true, false};
+    if constexpr (kSkipsTiles<Variant>) {
+      all = {false, true};
+      for (int32_t key = keys.first; key < keys.first + keys.count; key = block_end(key)) {
+        const Sight block = sight(first, num_rows, key);
+        all = {all.some || block.some, all.all && block.all};
+      }
+    }
+    return all;
+  }
+
   void attend_tile(const KeyRange& keys) {
     const int32_t end_key = keys.first + keys.count;
     for (int b = 0; b < queries_.num_blocks(); ++b) {
       const RowBlock& block = queries_.block(b);
       const int seen = std::min(end_key, block.some_end) - keys.first;
       if (seen <= 0 || block.some_begin >= end_key) continue;
+      const Sight own = sight(b * kBlockRows, block.num_rows, keys);
+      if (!own.some) continue;
       score(block, queries_.block_q(b), seen);
-      const BlockVariant<Variant> variant(params_, piece_, &queries_.packed_row(b * kBlockRows));
+      const BlockVariant<Variant> variant(params_, piece_, &queries_.packed_row(b * kBlockRows),
+                                          own.all);
       const int num_keys = softmax_tile(block, logits_, variant, scores_, seen, keys.first);
       value_tile<Shape::kColumns>({scores_, block.width}, keys_.values(), num_keys,
                                   is_empty_[b] ? nullptr : block.alpha, block.num_rows,

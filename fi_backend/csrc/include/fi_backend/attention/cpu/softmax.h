@@ -141,7 +141,7 @@ int softmax_tile(const RowBlock& block, const LogitTransform& x, const BlockVari
   const int num_vectors = (num_keys + step - 1) / step;
   const int32_t end_key = first_key + num_keys;
   // In masked tiles too, or a row's bits would depend on what the rows beside it see.
-  const bool is_scaled_late = !BlockVariant::kHasScores && x.is_scale_only();
+  const bool is_scaled_late = BlockVariant::kScalesLate && x.is_scale_only();
   const float scale = is_scaled_late ? x.scale * kLog2e : 1.0f;
   if (!is_scaled_late || first_key < block.all_begin || end_key > block.all_end ||
       num_vectors * step != num_keys) {

@@ -12,15 +12,21 @@ class BlockVariant {
  public:
   static constexpr bool kUsesSoftmax = Variant::kUsesSoftmax;
   static constexpr bool kHasScores = fi::kHasScores<Variant>;
+  static constexpr bool kScalesLate = fi::kScalesLate<Variant>;
   static constexpr float kLogitUnit = logit_unit<Variant>();
 
-  // rows: those of the block.
-  BlockVariant(const AttentionParams& params, const WorkPiece& piece, const PackedRow* rows)
-      : variant_(variant_of<Variant>(params)), piece_(piece), rows_(rows) {}
+  // rows: those of the block. hides_nothing: of the keys at hand, from any of them.
+  BlockVariant(const AttentionParams& params, const WorkPiece& piece, const PackedRow* rows,
+               bool hides_nothing)
+      : variant_(variant_of<Variant>(params)),
+        piece_(piece),
+        rows_(rows),
+        hides_nothing_(hides_nothing) {}
 
   // Make scores of a tile's logits; masks have made some of them -inf.
   void make_scores(const RowBlock& block, float* __restrict__ s, int num_vectors,
                    int32_t first_key) const {
+    if (kScalesLate && hides_nothing_) return;  // there is nothing but a mask
     const int lanes = block.num_lanes();
     for (int c = 0; c < lanes; c += kLanes) {
       int32_t tokens[kLanes], heads[kLanes], keys[kLanes];
@@ -66,6 +72,7 @@ class BlockVariant {
   const Variant& variant_;
   const WorkPiece& piece_;
   const PackedRow* rows_;
+  bool hides_nothing_;
 };
 
 }  // namespace fi::cpu
