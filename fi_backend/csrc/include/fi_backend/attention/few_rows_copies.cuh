@@ -316,6 +316,7 @@ class FewRowsCopies {
   __device__ __forceinline__ void copy_rows(uint32_t to, int32_t count) const {
     using Shape = Copies<Rows, kBlock>;
     constexpr int kInFlight = Shape::kInFlight;
+    constexpr int kBytes = Rows::kRowBytes;
     const uint64_t* rows = shared_.copied_rows[copy_warp()];
     __syncwarp();
 #pragma unroll 1
@@ -352,9 +353,9 @@ class FewRowsCopies {
           }
           const uint64_t address = from[i] + chunk_of(copy) * kChunkBytes;
           if constexpr (Traits::kEvictsFirst) {
-            ptx::cp_async_16_by(policy_, at, reinterpret_cast<const void*>(address));
+            ptx::cp_async_16_by<kBytes>(policy_, at, reinterpret_cast<const void*>(address));
           } else {
-            ptx::cp_async_16(at, reinterpret_cast<const void*>(address));
+            ptx::cp_async_16_of<kBytes>(at, reinterpret_cast<const void*>(address));
           }
         }
       }

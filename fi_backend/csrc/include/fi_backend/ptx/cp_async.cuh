@@ -23,6 +23,17 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global)
                : "memory");
 }
+// The same of rows of kRowBytes whose neighbours nobody may read soon: L2 fetches 64 bytes at once
+// where lines of 128 would bring some of theirs.
+template <int kRowBytes>
+__device__ __forceinline__ void cp_async_16_of(uint32_t shared, const void* global) {
+  if constexpr (kRowBytes % 128 == 0) {
+    cp_async_16(shared, global);
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::64B [%0], [%1], 16;" ::"r"(shared), "l"(global)
+                 : "memory");
+  }
+}
 
 // Copy 16 bytes that other blocks of this SM read too.
 __device__ __forceinline__ void cp_async_16_in_l1(uint32_t shared, const void* global) {
@@ -36,13 +47,21 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// Copy 16 bytes past L1, into L2 by a policy.
+// Copy 16 bytes of a row as cp_async_16_of() does, into L2 by a policy.
+template <int kRowBytes>
 __device__ __forceinline__ void cp_async_16_by(uint64_t policy, uint32_t shared,
                                                const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
-      "l"(global), "l"(policy)
-      : "memory");
+  if constexpr (kRowBytes % 128 == 0) {
+    asm volatile(
+        "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
+        "l"(global), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.cg.shared.global.L2::cache_hint.L2::64B [%0], [%1], 16, %2;" ::"r"(shared),
+        "l"(global), "l"(policy)
+        : "memory");
+  }
 }
 
 // Close the group of copies this thread has started since the last call. It may be empty.
