@@ -101,6 +101,13 @@ class AttentionWrapper(ABC):
             RuntimeError: with use_cuda_graph, plan() has been called: a captured graph keeps the
                 workspace of its capture.
         """
+        self._check_workspaces(float_workspace_buffer, int_workspace_buffer)
+        self._workspace = Workspace(buffer=float_workspace_buffer)
+
+    def _check_workspaces(
+        self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
+    ) -> None:
+        """Refuse what reset_workspace_buffer() does."""
         if self._fixed is not None:
             raise RuntimeError(
                 f"{self._name}: reset_workspace_buffer() must come before the first plan() with "
@@ -113,7 +120,6 @@ class AttentionWrapper(ABC):
                 f"float_workspace_buffer must be on {self._device}, as the first one; "
                 f"got {float_workspace_buffer.device}"
             )
-        self._workspace = Workspace(buffer=float_workspace_buffer)
 
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -111,9 +111,14 @@ class MultiLevelCascadeAttentionWrapper:
 
         Raises:
             TypeError, ValueError: a buffer is malformed, or their number is not that of the levels.
+            RuntimeError: with use_cuda_graph, plan() has been called: a captured graph keeps the
+                workspace of its capture. As with any error, all levels have what they had.
         """
         _check_levels("int_workspace_buffers", int_workspace_buffers, len(self._levels))
-        for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers, strict=True):
+        levels = list(zip(self._levels, int_workspace_buffers, strict=True))
+        for level, int_workspace_buffer in levels:
+            level._check_workspaces(float_workspace_buffer, int_workspace_buffer)
+        for level, int_workspace_buffer in levels:
             level.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 
     def plan(

@@ -82,6 +82,10 @@ def test_multi_level_cascade_in_graph_mode() -> None:
     assert torch.equal(buffers["paged_kv_indices_buf_arr"][1][:7], own.indices[:7] + first)
     cache = tuple(torch.cat(both) for both in zip(prefix.cache, own.cache, strict=True))
     assert_out(wrapper.run(case.rows, cache), case.expected()[0])
+    workspaces = [level._workspace for level in wrapper._levels]
+    with pytest.raises(RuntimeError, match=r"must come before the first plan\(\)"):
+        wrapper.reset_workspace_buffer(workspace(), [workspace()] * 2)
+    assert [level._workspace for level in wrapper._levels] == workspaces  # of all levels or none
 
 
 def test_multi_level_cascade_refuses() -> None:

@@ -55,7 +55,7 @@ class Sm90Units {
     KvRange all = rows_range(p_, memory_.geometry(), unit.item, row, kGroupRows).all;
     // Nobody writes what a group without rows computes, but all wait for it: no masks.
     const bool has_rows = row < unit.item.piece.num_rows;
-    if (!kHasScores<typename Traits::Variant> && !has_rows) all = {0, INT32_MAX};
+    if (!kHasScores<Variant> && !has_rows) all = {0, INT32_MAX};
     unit.unmasked[group] = all;
     unit.free[group] = unit.item.is_scale_only ? all : KvRange{0, 0};
   }
