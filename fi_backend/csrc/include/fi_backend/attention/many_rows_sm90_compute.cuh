@@ -247,21 +247,32 @@ class Sm90Computer {
     WeightTile<Traits> weights;
     first_step(unit, queries, token, weights);
     token -= kTokens;
-    const auto find_last_free = [&] { return max(unit.free[group_].begin, first_token); };
+    if constexpr (Traits::kIsFp8Cache) {
+      // Beside warps that widen there are no registers for another loop.
+      const KvRange free = unit.free[group_];
 #pragma unroll 1
-    while (token >= first_token) {
-      if (!is_free(unit, token)) {
-        step<false>(unit, queries, token, weights);
-        token -= kTokens;
-        continue;
+      for (; token >= first_token; token -= kTokens) {
+        if (!kHasScores<Variant> && token >= free.begin && token + kTokens <= free.end) {
+          step<true>(unit, queries, token, weights);
+        } else {
+          step<false>(unit, queries, token, weights);
+        }
       }
-      // Where warps widen fp8 there is no register to keep it in.
-      const int last_free = find_last_free();
+    } else {
 #pragma unroll 1
-      do {
-        step<true>(unit, queries, token, weights);
-        token -= kTokens;
-      } while (token >= (Traits::kIsFp8Cache ? find_last_free() : last_free));
+      while (token >= first_token) {
+        if (!is_free(unit, token)) {
+          step<false>(unit, queries, token, weights);
+          token -= kTokens;
+          continue;
+        }
+        const int last_free = max(unit.free[group_].begin, first_token);
+#pragma unroll 1
+        do {
+          step<true>(unit, queries, token, weights);
+          token -= kTokens;
+        } while (token >= last_free);
+      }
     }
     last_step(unit, weights);
   }
