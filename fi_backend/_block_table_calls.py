@@ -90,7 +90,7 @@ def trtllm_batch_decode_with_kv_cache(
         max_q_len: most rows of a request. This and the next are given together, in the place of
             q_len_per_req, where requests differ in them.
         cum_seq_lens_q: int32 [batch_size + 1], first row of each request. Rows of `query` from the
-            last entry on are padding, whose results are left alone.
+            last entry on are padding: `out` and `lse` are left alone there if given, else 0.
         uses_shared_paged_kv_idx: must be True: keys and values lie in the same pages.
         lse: float32 [num_rows, num_qo_heads], written if it is given.
         return_lse: return (out, lse); lse has base 2, and is -inf where a row sees no key.
@@ -146,7 +146,13 @@ def trtllm_batch_decode_with_kv_cache(
         rows = step.uniform_rows(most)
     else:
         most, rows = max_q_len, step.given_rows("cum_seq_lens_q", cum_seq_lens_q)
-    return step.attend(rows, max_qo_len=most, max_kv_len=max_seq_len, max_layer_rows=most)
+    return step.attend(
+        rows,
+        max_qo_len=most,
+        max_kv_len=max_seq_len,
+        max_layer_rows=most,
+        may_be_padded=cum_seq_lens_q is not None,
+    )
 
 
 def xqa_batch_decode_with_kv_cache(
@@ -215,7 +221,13 @@ def xqa_batch_decode_with_kv_cache(
         rows = step.uniform_rows(most)
     else:
         rows = step.given_rows("q_cu_seq_lens", q_cu_seq_lens)
-    result = step.attend(rows, max_qo_len=most, max_kv_len=max_seq_len, max_layer_rows=most)
+    result = step.attend(
+        rows,
+        max_qo_len=most,
+        max_kv_len=max_seq_len,
+        max_layer_rows=most,
+        may_be_padded=q_cu_seq_lens is not None,
+    )
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -315,7 +327,9 @@ def trtllm_batch_context_with_kv_cache(
         )
     check_tensor("cum_seq_lens_kv", cum_seq_lens_kv, shape=(batch_size + 1,))
     rows = step.given_rows("cum_seq_lens_q", cum_seq_lens_q)
-    return step.attend(rows, max_qo_len=max_q_len, max_kv_len=max_kv_len, causal=causal)
+    return step.attend(
+        rows, max_qo_len=max_q_len, max_kv_len=max_kv_len, causal=causal, may_be_padded=True
+    )
 
 
 def _check_shared_pages(operation: str, uses_shared_paged_kv_idx: bool) -> None:

@@ -57,8 +57,16 @@ class BlockTableStep:
         check_tensor("query", self.query, shape=(None, None, None))
         check_layout("kv_layout", self.kv_layout)
         integers = (torch.int32, torch.uint32)
-        check_tensor("seq_lens", self.seq_lens, shape=(None,), dtype=integers)
-        check_tensor("block_tables", self.block_tables, shape=(None, None), dtype=torch.int32)
+        device = self.query.device
+        check_tensor("seq_lens", self.seq_lens, shape=(None,), dtype=integers, device=device)
+        check_tensor(
+            "block_tables",
+            self.block_tables,
+            shape=(None, None),
+            dtype=torch.int32,
+            device=device,
+            last_dim_contiguous=True,
+        )
         if self.block_tables.shape[0] < self.batch_size:
             raise ValueError(
                 f"block_tables must have a row for each of the {self.batch_size} requests of "
@@ -91,6 +99,7 @@ class BlockTableStep:
         max_kv_len: int,
         causal: bool = True,
         max_layer_rows: int | None = None,
+        may_be_padded: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Plan and run.
 
@@ -100,6 +109,7 @@ class BlockTableStep:
             max_kv_len: most keys of a request.
             causal: whether rows see no keys after their own.
             max_layer_rows: the most that max_qo_len is in calls of this kind, None for any.
+            may_be_padded: whether rows may follow the last request's, which nobody writes.
         """
         query = self.query
         keys, values = split_paged_cache("kv_cache", self.kv_cache, self.kv_layout)
@@ -109,13 +119,14 @@ class BlockTableStep:
             for name, scale in (("bmm1_scale", self.bmm1_scale), ("bmm2_scale", self.bmm2_scale))
         )
         out, lse = self.out, self.lse
+        dtype = to_dtype("out_dtype", self.out_dtype, query.dtype if out is None else out.dtype)
+        allocate = query.new_zeros if may_be_padded else query.new_empty
         if out is None:
-            dtype = to_dtype("out_dtype", self.out_dtype, query.dtype)
-            out = query.new_empty((*query.shape[:2], values.shape[3]), dtype=dtype)
-        elif self.out_dtype not in (None, out.dtype):
-            raise TypeError(f"out must have dtype {self.out_dtype}, as out_dtype; got {out.dtype}")
+            out = allocate((*query.shape[:2], values.shape[3]), dtype=dtype)
+        elif dtype != out.dtype:
+            raise TypeError(f"out must have dtype {dtype}, as out_dtype; got {out.dtype}")
         if lse is None and self.return_lse:
-            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+            lse = allocate(query.shape[:2], dtype=torch.float32)
         directly = runs_directly(self.operation, query=query, keys=keys, values=values)
         run = _attend if directly else _attend_op.traced
         run(

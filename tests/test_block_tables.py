@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -231,6 +231,11 @@ def test_refusals() -> None:
         fi.trtllm_batch_decode_with_kv_cache(case.rows, table.pair, workspace()[1:], *arguments)
     with pytest.raises(TypeError, match=r"out must have dtype torch\.bfloat16, as out_dtype"):
         decode(case, table, out=case.rows.clone(), out_dtype=BF16)
+    rows = case.rows.clone()
+    assert decode(case, table, out=rows, out_dtype=str(rows.dtype).removeprefix("torch.")) is rows
+    strided = table.block_tables.repeat_interleave(2, 1)[:, ::2]
+    with pytest.raises(ValueError, match="block_tables must have stride 1"):
+        decode(case, replace(table, block_tables=strided))
     with pytest.raises(ValueError, match="batch_size must be that of seq_lens, 2; got 3"):
         context(case, table, batch_size=3)
     with pytest.raises(ValueError, match=r"cum_seq_lens_kv must have shape \[3\]"):

@@ -74,7 +74,7 @@ def test_splits_do_not_depend_on_batch_or_workers(step: Step) -> None:
 
 
 def cost(step: Step, line: int, item: tuple[int, int, int], begin: int, end: int) -> float:
-    """Weigh a piece by its rows, as the kernels spend time."""
+    """Weigh a piece by its rows, as kernels spend time: those of a GPU on full tiles."""
     qo_len, kv_len = step.qo_lens[item[0]], step.kv_lens[item[0]]
     rows = qo_len * step.group_size
     tile_rows = TILE_ROWS[step.target]
@@ -85,6 +85,8 @@ def cost(step: Step, line: int, item: tuple[int, int, int], begin: int, end: int
         _, item_end = visible(step, qo_len, kv_len, last_row // step.group_size)
         item_begin, _ = visible(step, qo_len, kv_len, item[2] * tile_rows // step.group_size)
         end = min(end, item_end - item_begin - rows // step.group_size // 2)
+    if line == 1 and step.target != "cpu":
+        rows = tile_rows
     return max(0, end - begin) * (-(-rows // 16) + 1) / 16 + ITEM_OVERHEAD[step.target]
 
 

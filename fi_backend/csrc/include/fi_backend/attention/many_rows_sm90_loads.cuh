@@ -28,9 +28,8 @@ class Sm90Loader {
   static constexpr int kTilesAhead = 2;  // that remain to be loaded when the next unit is wanted
   static constexpr int kLookedAtMeanwhile = 32;  // tiles, by a warp, while one is computed
   static constexpr int kGatherRows = Traits::kTokens / kWarps;  // of a warp
-  // The last tiles of a unit, if it has more, are gathered only when the next one has been found,
-  // where there is a place for it. Beside warps that widen there are no registers for that, nor
-  // beside a third group that computes where tiles are left out.
+  // The last tiles of a unit, if it has more, are gathered when the next one has been found. There
+  // are no registers for that beside warps that widen, nor beside a third group to skip tiles.
   static constexpr bool kHasRegisters = !Traits::kIsFp8Cache && !(kSkips && Traits::kGroups == 3);
   static constexpr int kLastTiles = Traits::kUnits > 1 && kHasRegisters ? kTilesAhead : 0;
 

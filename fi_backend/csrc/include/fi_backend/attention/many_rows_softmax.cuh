@@ -87,8 +87,8 @@ __device__ __forceinline__ void for_each_score(const AttentionParams& p, const W
   }
 }
 
-// Turn products into logits: LogitTransform's steps, one after the other over all scores, because
-// what a row needs to know about itself takes registers.
+// Turn products into logits: one step after the other over all scores, because what a row needs to
+// know about itself takes registers.
 template <class Traits>
 __device__ __forceinline__ void transform_logits(const AttentionParams& p, const WorkGeometry& g,
                                                  const ManyRowsItem& item, int first_row,

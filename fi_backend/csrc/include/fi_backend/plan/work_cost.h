@@ -14,7 +14,9 @@ FI_HOST_DEVICE int32_t unit_cost(int32_t num_rows) {
   return (num_rows + kCostRows - 1) / kCostRows + 1;
 }
 
-// The same of a query tile. A GPU computes all rows of a tile, whether there are so many or not.
+// The same of a query tile. On sm_90a all warpgroups compute a tile, whether they have rows of it
+// or not; warps of the portable kernel that have none idle, while the others take as long as
+// before.
 FI_HOST_DEVICE int32_t tile_unit_cost(const WorkGeometry& g, int line, int32_t num_rows) {
   const bool is_in_full = line == kManyRows && g.teams_per_sm > 0;
   return unit_cost(is_in_full ? g.tile_rows : num_rows);
